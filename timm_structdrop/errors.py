@@ -1,0 +1,94 @@
+"""What a user can get wrong, said in one line."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+_USER_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
+)
+_USER_OS_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+class UserError(ValueError):
+    """Something a user can get wrong. The message states the rule, then the value received.
+
+    torch's DataLoader raises a worker's exception again in the main process as the same class
+    with the whole traceback as its message; the original message is recovered from it here, so
+    that the line a user reads does not depend on the number of workers.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_without_worker_traceback(type(self), message))
+
+
+def _without_worker_traceback(kind: type, message: str) -> str:
+    if not message.startswith(f"Caught {kind.__name__} "):
+        return message
+    last_raise = re.escape(f"{kind.__module__}.{kind.__qualname__}: ")
+    starts = list(re.finditer(rf"^{last_raise}", message, flags=re.MULTILINE))
+    return message[starts[-1].end() :].rstrip() if starts else message
+
+
+def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:
+    """A hint to put behind an unknown name: `" (nearest: a, b, c)"`, closest first.
+
+    At most `n` of `valid` are named, case ignored in the comparison; empty without valid names.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in valid}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.0)
+    return f" (nearest: {', '.join(by_lower[match] for match in close)})" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line; operating system errors name the file they are about."""
+    if isinstance(error, OSError) and error.strerror:
+        files = [str(file) for file in (error.filename, error.filename2) if file is not None]
+        message = ": ".join([error.strerror, " -> ".join(files)] if files else [error.strerror])
+    else:
+        message = str(error)
+    return " ".join(message.split()) or type(error).__name__
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the error is the user's to mend: a `UserError`, a file missing, a full disk, ..."""
+    if isinstance(error, OSError):
+        return isinstance(error, _USER_OS_ERRORS) or error.errno in _USER_ERRNOS
+    return isinstance(error, UserError)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's `main` and turn what a user did wrong into one line on stderr.
+
+    Exit status: 2 after `error: <one line>`, 130 after Ctrl-C, 1 without a word when the reader of
+    the output has gone (`... | head`). Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        if not _stdout_is_gone():
+            raise
+        sys.exit(1)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _stdout_is_gone() -> bool:
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at exit: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
