@@ -1,0 +1,61 @@
+"""A parser whose errors are one line, and the value of ``--structdrop``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from timm_structdrop.errors import UserError, nearest
+
+__all__ = ["FlagParser", "parse_structdrop"]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that raises `UserError` with one line instead of printing its usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+            name = flags[0] if flags else unknown[0]
+            raise UserError(f"unknown flag {name}{nearest(name, self._option_string_actions)}")
+        return parsed
+
+    def flags(self) -> dict[str, argparse.Action]:
+        """The flags by the name that they have in YAML files and in the parsed namespace."""
+        return {
+            action.dest: action
+            for action in self._actions
+            if action.dest != "help" and action.default is not argparse.SUPPRESS
+        }
+
+
+def parse_structdrop(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:key=value,...`` to the regularizer's name and its settings.
+
+    Values are Python literals, else text: ``dropblock:stages=(3,4),block_size=7,gamma=exact``.
+
+    Raises:
+        UserError: a setting without ``=``.
+    """
+    name, _, rest = text.partition(":")
+    settings = {}
+    for part in re.split(r",(?![^(\[]*[)\]])", rest) if rest else []:
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise UserError(f"--structdrop must be name:key=value,key=value,...; got {text!r}")
+        try:
+            settings[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key.strip()] = value
+    return name, settings

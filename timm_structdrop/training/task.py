@@ -1,0 +1,84 @@
+"""Training tasks on timm.task: what the regularizers need around a plain forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+
+from timm_structdrop.training.refit import ClusterRefits
+from timm_structdrop.training.schedule import DropSchedule
+
+__all__ = ["StructDropTask", "make_task"]
+
+
+class StructDropTask(ClassificationTask):
+    """timm's classification task that also drives the drop schedule and the cluster refits.
+
+    In a loop of one's own::
+
+        task = StructDropTask(model, criterion, schedule, refits)
+        task.begin_epoch(epoch)        # at the start of each epoch
+        task.begin_update(update)      # before each optimizer update
+        loss = task(images, target)["loss"]
+
+    Args:
+        model: the model to train.
+        criterion: loss of (B, classes) logits and the target; None for cross-entropy.
+        schedule: moves the drop rates; None leaves them at their targets.
+        refits: when DropCluster layers fit their clusters; None leaves that to the layers.
+        task_settings: further keywords of ``timm.task.ClassificationTask`` (device, dtype, ...).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        schedule: DropSchedule | None = None,
+        refits: ClusterRefits | None = None,
+        **task_settings: Any,
+    ) -> None:
+        super().__init__(model, criterion, **task_settings)
+        self.schedule = schedule
+        self.refits = refits
+
+    def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Ask for the cluster fits that are due in ``epoch``.
+
+        Args:
+            epoch: the epoch about to start, counted from 0.
+            first_batch: batches of it already trained on by the run that is being continued; a
+                fit belongs to the first batch, so above 0 it has taken place.
+        """
+        if self.refits is not None and first_batch == 0 and self.refits.due(epoch):
+            self.refits.request(epoch)
+
+    def begin_update(self, update: int) -> None:
+        """Set the drop rates of the optimizer update ``update``, counted from 0 over the run."""
+        if self.schedule is not None:
+            self.schedule.step(update)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Images (B, C, H, W) and their target to ``{"loss": ..., "output": logits}``.
+
+        The forward in which clusters are fitted runs without ``torch.compile``'s code, which
+        cannot hold a fit.
+        """
+        if self.refits is None or not self.refits.pending:
+            return super().forward(input, target)
+        with torch.compiler.set_stance("force_eager"):
+            result = super().forward(input, target)
+        self.refits.done()
+        return result
+
+
+def make_task(
+    model: nn.Module,
+    criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+    **settings: Any,
+) -> StructDropTask:
+    """The task that suits the regularizers in ``model``; keywords as for `StructDropTask`."""
+    return StructDropTask(model, criterion, **settings)
