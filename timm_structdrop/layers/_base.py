@@ -38,6 +38,7 @@ class StructDropLayer(nn.Module):
     """
 
     regularizer: ClassVar[str]
+    keeps_map_state: ClassVar[bool] = False  # its buffers have the shape of the map
     drop_prob: Tensor
 
     def __init__(self, drop_prob: float = 0.1) -> None:

@@ -138,6 +138,7 @@ class DropCluster2d(StructDropLayer):
         ValueError: a setting is out of range, or a map has fewer pixels than ``n_clusters``.
     """
 
+    keeps_map_state = True
     labels: Tensor
     structured: Tensor
     fitted_at: Tensor

@@ -1,0 +1,237 @@
+"""Which slots of a model get which regularizer: the papers' placements, and ``attach``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import DropBlock2d as TimmDropBlock2d
+from timm.layers import DropPath
+from torch import nn
+
+from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.layers import StructDropLayer, regularizers
+from timm_structdrop.models._trace import map_shape
+from timm_structdrop.models.slots import KINDS, Slot, find_slots, insert, stage_modules, stem_slot
+
+__all__ = [
+    "PLACEMENTS",
+    "PLACEMENT_KEYWORDS",
+    "Placement",
+    "attach",
+    "check_settings",
+    "set_drop_prob",
+    "structdrop_layers",
+]
+
+PLACEMENT_KEYWORDS = ("stages", "where", "modules", "img_size")
+
+IMAGENET_SIZE = (224, 224)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a regularizer sits unless the user says otherwise.
+
+    Attributes:
+        where: kinds of slots, see :mod:`timm_structdrop.models.slots`.
+        last_stages: how many stages, counted from the deepest; 0 means all.
+        summary: the same in words.
+        early: settings of the layers in all but the deepest of these stages.
+    """
+
+    where: tuple[str, ...]
+    last_stages: int
+    summary: str
+    early: tuple[tuple[str, Any], ...] = ()
+
+
+PLACEMENTS: dict[str, Placement] = {
+    "dropcluster": Placement(("stem",), 0, "after the stem convolution, before any pooling"),
+    "dropblock": Placement(
+        ("conv", "last_conv", "skip"),
+        2,
+        "after every convolution and on the skips of the last two groups, "
+        "gamma / 4 in the first of them",
+        early=(("gamma_scale", 0.25),),
+    ),
+    "dropout": Placement(("conv", "last_conv"), 1, "after the convolutions of the last group"),
+    "spatialdropout": Placement(
+        ("conv", "last_conv"), 1, "after the convolutions of the last group"
+    ),
+    "stochasticdepth": Placement(
+        ("last_conv",), 0, "on every residual branch, one rate for all of them"
+    ),
+}
+
+
+def attach(
+    model: nn.Module,
+    name: str,
+    *,
+    drop_prob: float | None = None,
+    stages: Sequence[int] | None = None,
+    where: str | Sequence[str] | None = None,
+    modules: Sequence[str] | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Put a regularizer into a CNN, in place.
+
+    The state_dict keys of the model stay as they are (DropCluster adds its buffers) and so does
+    its output in eval mode.
+
+    Args:
+        model: a timm CNN, or any CNN if ``modules`` are named.
+        name: a key of :data:`timm_structdrop.regularizers`.
+        drop_prob: rate in [0, 1); None takes the layer's default.
+        stages: stage numbers (3 and 4 are the maps at 1/16 and 1/32 of the image); None takes the
+            paper's stages.
+        where: kinds of slots (``stem``, ``conv``, ``last_conv``, ``skip``, ``stage``); None takes
+            the paper's.
+        modules: names of modules to put a layer after, in place of ``stages`` and ``where``.
+        img_size: training resolution, H = W or (H, W), for layers that keep state per pixel and
+            for the one forward pass that finds the slots; None takes the model's ``input_size``.
+        settings: keywords of the layer.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an unknown name, stage, kind, module or setting, or a model without a place
+            for the regularizer.
+    """
+    layer = _layer_class(name)
+    check_settings(layer, settings)
+    size = _image_size(model, img_size)
+    slots = _choose(model, name, stages, where, size) if modules is None else _named(model, modules)
+    early = dict(PLACEMENTS[name].early) if name in PLACEMENTS and modules is None else {}
+    deepest = max(stage_modules(model)) if early else 0
+    rate = {} if drop_prob is None else {"drop_prob": drop_prob}
+    built = []
+    for slot in slots:
+        own = early if slot.stage < deepest and slot.kind != "stage" else {}
+        shape = _map_shape(layer, model, slot, size)
+        try:
+            built.append((slot, layer.build(*shape, **{**own, **settings, **rate})))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}: {error}") from error
+    for slot, module in built:
+        module.train(model.training)
+        insert(model, slot, module)
+    return model
+
+
+def set_drop_prob(model: nn.Module, drop_prob: float, include_timm: bool = False) -> None:
+    """Set the rate of every structured-dropout layer of a model.
+
+    Args:
+        model: a model with regularizers.
+        drop_prob: rate in [0, 1).
+        include_timm: also set timm's own ``DropPath`` and ``DropBlock2d``.
+
+    Raises:
+        ValueError: ``drop_prob`` is out of range, or the model has no such layer.
+    """
+    layers = list(structdrop_layers(model))
+    timm_layers = [m for m in model.modules() if isinstance(m, DropPath | TimmDropBlock2d)]
+    if not layers and not (include_timm and timm_layers):
+        raise UserError(
+            f"set_drop_prob needs a structured-dropout layer; {type(model).__name__} has none"
+        )
+    for layer in layers:
+        layer.set_drop_prob(drop_prob)
+    if include_timm:
+        for timm_layer in timm_layers:
+            timm_layer.drop_prob = float(drop_prob)
+
+
+def structdrop_layers(model: nn.Module) -> Iterator[StructDropLayer]:
+    """The regularizers of a model."""
+    return (module for module in model.modules() if isinstance(module, StructDropLayer))
+
+
+def check_settings(layer: type[StructDropLayer], settings: Collection[str]) -> None:
+    """Raise UserError for a keyword that ``layer`` does not have."""
+    valid = layer.setting_names()
+    for key in settings:
+        if key not in valid:
+            raise UserError(
+                f"a setting of {layer.regularizer} must be one of drop_prob, {', '.join(valid)}; "
+                f"got {key!r}{nearest(key, valid)}"
+            )
+
+
+def _layer_class(name: str) -> type[StructDropLayer]:
+    if name not in regularizers:
+        raise UserError(
+            f"a regularizer must be one of {', '.join(sorted(regularizers))}; "
+            f"got {name!r}{nearest(name, regularizers)}"
+        )
+    return regularizers[name].layer
+
+
+def _image_size(model: nn.Module, img_size: int | Sequence[int] | None) -> tuple[int, int]:
+    if img_size is None:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        _, height, width = cfg.get("input_size", (3, *IMAGENET_SIZE))
+        return height, width
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"img_size must be one or two positive integers; got {img_size!r}")
+    return size[0], size[1]
+
+
+def _map_shape(
+    layer: type[StructDropLayer], model: nn.Module, slot: Slot, img_size: tuple[int, int]
+) -> tuple[int, tuple[int, int]]:
+    """(C, (H, W)) of the slot's map, worked out only for layers that keep state per pixel."""
+    if not layer.keeps_map_state:
+        return 0, (0, 0)
+    channels, height, width = map_shape(model, slot.path, img_size)
+    return channels, (height, width)
+
+
+def _choose(
+    model: nn.Module,
+    name: str,
+    stages: Sequence[int] | None,
+    where: str | Sequence[str] | None,
+    img_size: tuple[int, int],
+) -> list[Slot]:
+    placement = PLACEMENTS.get(name, Placement(("conv",), 1, ""))
+    kinds = placement.where if where is None else (where,) if isinstance(where, str) else where
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"where must name kinds of {', '.join(KINDS)}; got {kind!r}")
+    if tuple(kinds) == ("stem",):
+        return [stem_slot(model, img_size)]
+    slots = [slot for slot in find_slots(model, img_size) if slot.kind in kinds]
+    have = sorted({slot.stage for slot in slots})
+    if not slots:
+        raise UserError(
+            f"{name} needs a place of kind {' or '.join(kinds)}; "
+            f"{type(model).__name__} has none: name modules to put it after"
+        )
+    wanted = have[-placement.last_stages :] if stages is None else list(stages)
+    for stage in wanted:
+        if stage not in have:
+            raise UserError(
+                f"stages of {type(model).__name__} with a place for {name} are "
+                f"{', '.join(map(str, have))}; got {stage}"
+            )
+    return [slot for slot in slots if slot.stage in wanted]
+
+
+def _named(model: nn.Module, modules: Sequence[str]) -> list[Slot]:
+    known = dict(model.named_modules())
+    if not modules:
+        raise UserError("modules must name at least one module; got none")
+    for path in modules:
+        if path not in known or not path:
+            raise UserError(
+                f"modules must be names of modules of {type(model).__name__}; "
+                f"got {path!r}{nearest(path, known)}"
+            )
+    return [Slot(path, "module", 0) for path in modules]

@@ -1,0 +1,120 @@
+"""Every architecture with every regularizer, registered with timm as ``<architecture>_<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from torch import nn
+
+from timm_structdrop.errors import UserError
+from timm_structdrop.layers import regularizers
+from timm_structdrop.models._architectures import Architecture, architectures
+from timm_structdrop.models.placement import PLACEMENT_KEYWORDS, PLACEMENTS, attach
+
+__all__: list[str] = []  # timm's register_model adds the entrypoints
+
+RESIDUAL_ONLY = ("stochasticdepth",)
+RATE_KEYWORDS = ("drop_block_rate", "keep_prob")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A registered model: an architecture and the regularizer in it."""
+
+    architecture: Architecture
+    regularizer: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture.name}_{self.regularizer}"
+
+    def keywords(self) -> tuple[str, ...]:
+        """What ``timm.create_model`` takes for this variant beside the architecture's keywords."""
+        layer = regularizers[self.regularizer].layer
+        return (*RATE_KEYWORDS, *PLACEMENT_KEYWORDS, *layer.setting_names())
+
+    def cfgs(self) -> Iterator[tuple[str, PretrainedCfg]]:
+        """The pretrained cfgs: timm's weights of the base architecture under timm's tags."""
+        for tagged, cfg in self.architecture.default_cfgs(self.name).items():
+            if cfg.has_weights:
+                cfg = replace(
+                    cfg,
+                    description=(
+                        f"the weights of timm's {self.architecture.timm_name}.{cfg.tag}, "
+                        f"trained without {self.regularizer}, which is not yet fitted"
+                    ),
+                )
+            yield tagged, cfg
+
+    def build(self, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        own = {key: kwargs.pop(key) for key in self.keywords() if key in kwargs}
+        own.setdefault("img_size", self.architecture.cfg["input_size"][-2:])
+        rate = _rate(own.pop("drop_block_rate", None), own.pop("keep_prob", None))
+
+        def construct(**model_kwargs: Any) -> nn.Module:
+            model = self.architecture.constructor(**model_kwargs)
+            return attach(model, self.regularizer, drop_prob=rate, **own)
+
+        return build_model_with_cfg(
+            construct,
+            self.name,
+            pretrained,
+            feature_cfg={"out_indices": self.architecture.out_indices},
+            **kwargs,
+        )
+
+
+def _rate(drop_block_rate: float | None, keep_prob: float | None) -> float | None:
+    if keep_prob is None:
+        return drop_block_rate
+    if drop_block_rate is not None:
+        raise UserError(
+            "the rate must be given as drop_block_rate or as keep_prob = 1 - drop_block_rate; "
+            f"got both {drop_block_rate} and {keep_prob}"
+        )
+    if not 0.0 < keep_prob <= 1.0:
+        raise UserError(f"keep_prob must be in (0, 1]; got {keep_prob}")
+    return 1.0 - keep_prob
+
+
+def _residual(architecture: Architecture) -> bool:
+    return architecture.name.startswith("resnet")
+
+
+variants = {
+    variant.name: variant
+    for variant in (
+        Variant(architecture, name)
+        for architecture in architectures.values()
+        for name in regularizers
+        if name in PLACEMENTS and (_residual(architecture) or name not in RESIDUAL_ONLY)
+    )
+}
+
+default_cfgs = generate_default_cfgs(
+    {tagged: cfg for variant in variants.values() for tagged, cfg in variant.cfgs()}
+)
+
+
+def _entrypoint(variant: Variant) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return variant.build(pretrained, **kwargs)
+
+    build.__name__ = build.__qualname__ = variant.name
+    build.__doc__ = (
+        f"{variant.architecture.summary}, with {variant.regularizer}: "
+        f"{PLACEMENTS[variant.regularizer].summary}."
+    )
+    return register_model(build)
+
+
+for _variant in variants.values():
+    globals()[_variant.name] = _entrypoint(_variant)
