@@ -1,0 +1,92 @@
+"""The rooms of the package and the one-way imports between them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "timm_structdrop"
+
+# A room may import only from the rooms before it.
+ROOMS = [
+    "version",
+    "errors",
+    "cluster",
+    "layers",
+    "models",
+    "data",
+    "training",
+    "evaluation",
+    "analysis",
+    "hub",
+    "recipes",
+    "__init__",
+    "__main__",
+]
+TORCH_ONLY = {"cluster", "layers"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute; got a relative one"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def room_of_import(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] != "timm_structdrop" or len(parts) == 1:
+        return None
+    return parts[1] if parts[1] in ROOMS else "__init__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = ROOMS.index(room(path))
+    for name in imported_modules(path):
+        other = room_of_import(name)
+        if other is not None and other != room(path):
+            assert ROOMS.index(other) < own, f"{path.name} of {room(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_public_names_of_timm(path):
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "timm":
+            assert len(parts) <= 3, f"{name}: import from timm's public roots"
+            assert not any(part.startswith("_") for part in parts), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_maths_rooms_know_only_torch(path):
+    if room(path) in TORCH_ONLY:
+        foreign = {name.split(".")[0] for name in imported_modules(path)}
+        assert foreign <= {"torch", "timm_structdrop"} | set(sys.stdlib_module_names), foreign
+
+
+def test_every_file_is_in_a_room():
+    for path in FILES:
+        assert room(path) in ROOMS, path
+
+
+def test_import_loads_no_heavy_library():
+    code = (
+        "import sys, timm\nbefore = set(sys.modules)\nimport timm_structdrop\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(out.stdout.split()) - set(sys.stdlib_module_names) == {"timm_structdrop"}
