@@ -22,6 +22,7 @@ ROOMS = [
     "analysis",
     "hub",
     "recipes",
+    "commands",
     "__init__",
     "__main__",
 ]

@@ -5,7 +5,8 @@
 """
 
 from timm_structdrop.layers import regularizers
-from timm_structdrop.models.placement import attach, set_drop_prob
+from timm_structdrop.models.placement import set_drop_prob
+from timm_structdrop.models.structdrop_attached import attach, restore
 from timm_structdrop.version import __version__
 
-__all__ = ["__version__", "attach", "regularizers", "set_drop_prob"]
+__all__ = ["__version__", "attach", "regularizers", "restore", "set_drop_prob"]

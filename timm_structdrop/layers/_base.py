@@ -58,6 +58,11 @@ class StructDropLayer(nn.Module):
         parameters = inspect.signature(cls.__init__).parameters
         return tuple(n for n in parameters if n not in ("self", "drop_prob", "channels", "size"))
 
+    @classmethod
+    def default_drop_prob(cls) -> float:
+        """The rate of a layer that is built without one."""
+        return float(inspect.signature(cls.__init__).parameters["drop_prob"].default)
+
     def settings(self) -> dict[str, Any]:
         """The layer's settings as a JSON-able dict, target rate included."""
         return {
@@ -68,6 +73,10 @@ class StructDropLayer(nn.Module):
     def rate(self) -> float:
         """The live rate as a Python float, without a device synchronisation."""
         return self._rate
+
+    def live_rate(self) -> float | Tensor:
+        """The live rate as a forward reads it: a float, or the buffer under ``torch.compile``."""
+        return self.drop_prob if torch.compiler.is_compiling() else self._rate
 
     def set_drop_prob(self, drop_prob: float) -> None:
         """Set the target rate and the live rate.

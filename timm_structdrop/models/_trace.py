@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_structdrop.errors import UserError
 from timm_structdrop.layers import StructDropLayer
 
 __all__ = ["NORMS", "Step", "first_conv", "map_shape", "trace"]
@@ -50,7 +51,7 @@ def first_conv(model: nn.Module) -> nn.Conv2d:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module
-    raise ValueError(
+    raise UserError(
         f"a structured regularizer needs a CNN; {type(model).__name__} has no nn.Conv2d"
     )
 
@@ -123,4 +124,4 @@ def map_shape(model: nn.Module, path: str, img_size: tuple[int, int]) -> tuple[i
     for step in steps:
         if step.path == path and step.shape is not None:
             return step.shape
-    raise ValueError(f"a regularizer needs a (B, C, H, W) map; module {path!r} does not return one")
+    raise UserError(f"a regularizer needs a (B, C, H, W) map; module {path!r} does not return one")

@@ -1,4 +1,4 @@
-"""Which slots of a model get which regularizer: the papers' placements, and ``attach``."""
+"""Which slots of a model get which regularizer: the papers' placements, and others by keyword."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = [
     "PLACEMENTS",
     "PLACEMENT_KEYWORDS",
     "Placement",
-    "attach",
     "check_settings",
+    "place",
     "set_drop_prob",
     "structdrop_layers",
 ]
@@ -66,7 +66,7 @@ PLACEMENTS: dict[str, Placement] = {
 }
 
 
-def attach(
+def place(
     model: nn.Module,
     name: str,
     *,

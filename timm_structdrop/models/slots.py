@@ -25,6 +25,7 @@ from typing import Any
 from timm.models import BasicBlock, Bottleneck
 from torch import nn
 
+from timm_structdrop.errors import UserError
 from timm_structdrop.layers import StructDropLayer
 from timm_structdrop.models._trace import NORMS, Step, trace
 
@@ -56,7 +57,7 @@ def stage_modules(model: nn.Module) -> dict[int, str]:
     """
     info = getattr(model, "feature_info", None)
     if not info:
-        raise ValueError(
+        raise UserError(
             "stages are read from timm's feature_info; "
             f"{type(model).__name__} has none: name the modules instead"
         )
@@ -119,7 +120,7 @@ def insert(model: nn.Module, slot: Slot, layer: StructDropLayer) -> None:
         setattr(parent, name, both)
         return
     if isinstance(module, StructDropLayer) or hasattr(module, child):
-        raise ValueError(f"a slot takes each regularizer once; {slot.path} has {child} already")
+        raise UserError(f"a slot takes each regularizer once; {slot.path} has {child} already")
     module.add_module(child, layer)
     if not isinstance(module, nn.Sequential):
         module.register_forward_hook(partial(_call_child, child))

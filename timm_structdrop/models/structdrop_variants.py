@@ -17,7 +17,7 @@ from torch import nn
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import regularizers
 from timm_structdrop.models._architectures import Architecture, architectures
-from timm_structdrop.models.placement import PLACEMENT_KEYWORDS, PLACEMENTS, attach
+from timm_structdrop.models.placement import PLACEMENT_KEYWORDS, PLACEMENTS, place
 
 __all__: list[str] = []  # timm's register_model adds the entrypoints
 
@@ -61,7 +61,7 @@ class Variant:
 
         def construct(**model_kwargs: Any) -> nn.Module:
             model = self.architecture.constructor(**model_kwargs)
-            return attach(model, self.regularizer, drop_prob=rate, **own)
+            return place(model, self.regularizer, drop_prob=rate, **own)
 
         return build_model_with_cfg(
             construct,

@@ -1,0 +1,30 @@
+"""``python -m timm_structdrop COMMAND``: what one does beside training and validating."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from timm_structdrop.errors import run_command
+
+COMMANDS = {
+    "list": "print the registered variants, the layers of a model, or the recipes",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m timm_structdrop", description="Structured dropout for timm."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = import_module(f"timm_structdrop.commands.{name}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_flags(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

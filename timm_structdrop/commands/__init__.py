@@ -1,0 +1,1 @@
+"""The subcommands of ``python -m timm_structdrop``, one file each: ``add_flags`` and ``run``."""

@@ -1,0 +1,108 @@
+"""Print the registered variants, the regularized layers of one model, or the recipes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import cache
+
+import timm
+import torch
+
+from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.layers import StructDropLayer, regularizers
+from timm_structdrop.models._architectures import architectures
+from timm_structdrop.models.placement import PLACEMENTS
+from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.recipes import load_recipe, recipe_names
+
+__all__ = ["add_flags", "run"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "filter", nargs="?", default="*", help="wildcard on the names, as in timm.list_models"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--layers", metavar="MODEL", help="print the regularized layers of a model")
+    group.add_argument("--recipes", action="store_true", help="print the packaged recipes")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.layers:
+        print(layers_table(args.layers))
+    elif args.recipes:
+        rows = [[name, str(load_recipe(name).get("description", ""))] for name in recipe_names()]
+        print(table(["recipe", "what it does"], rows))
+    else:
+        print(variants_table(args.filter))
+
+
+def variants_table(pattern: str) -> str:
+    """One line per variant whose name matches the wildcard.
+
+    Raises:
+        UserError: no name matches.
+    """
+    chosen = [v for name, v in variants.items() if fnmatch(name, pattern)]
+    if not chosen:
+        raise UserError(
+            f"the filter must match a variant's name; got {pattern!r}{nearest(pattern, variants)}"
+        )
+    rows = []
+    for variant in chosen:
+        layer = regularizers[variant.regularizer].layer
+        tags = [cfg.tag for _, cfg in variant.cfgs() if cfg.has_weights and cfg.tag]
+        rows.append(
+            [
+                variant.name,
+                variant.architecture.name,
+                variant.regularizer,
+                PLACEMENTS[variant.regularizer].summary,
+                f"{_parameters(variant.architecture.name) / 1e6:.2f}M",
+                f"{layer.default_drop_prob():g}",
+                " ".join(tags) or "-",
+            ]
+        )
+    header = ["variant", "architecture", "regularizer", "where", "params", "rate", "pretrained"]
+    return table(header, rows)
+
+
+def layers_table(model_name: str) -> str:
+    """One line per regularized layer of a timm model: its name, its rate and its settings.
+
+    Raises:
+        UserError: timm does not know the model, or it has no such layer.
+    """
+    if not timm.is_model(model_name):
+        raise UserError(
+            f"MODEL must be a model timm knows; "
+            f"got {model_name!r}{nearest(model_name, timm.list_models())}"
+        )
+    model = timm.create_model(model_name)
+    rows = []
+    for path, module in model.named_modules():
+        if isinstance(module, StructDropLayer):
+            rows.append([path, module.regularizer, f"{module.rate():g}", module.extra_repr()])
+    if not rows:
+        raise UserError(f"MODEL must have a structured-dropout layer; {model_name!r} has none")
+    return table(["layer", "regularizer", "rate", "settings"], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns, two spaces apart."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+@cache
+def _parameters(architecture: str) -> int:
+    with torch.device("meta"):
+        model = architectures[architecture].constructor()
+    return sum(parameter.numel() for parameter in model.parameters())
