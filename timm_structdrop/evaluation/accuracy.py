@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import accuracy
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
@@ -31,16 +31,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate `model`, in eval mode, on batches of images (B, C, H, W) and class indices (B,).
 
-    `criterion` is a mean over the batch (default cross-entropy). Of a distributed run every
-    process gets the figures over all processes' samples. The modules' training flags are as before
-    when it returns; what batch norm and the regularizers hold is not touched.
+    `criterion` is a mean over the batch of float32 logits (default cross-entropy). Of a distributed
+    run every process gets the figures over all samples, each counted once. The modules' training
+    flags are as before when it returns.
 
     Returns `loss`; `top1` and `top5` in percent (with fewer than 5 classes, `top5` counts them
-    all); `samples`; `seconds`. Raises `UserError` when the loader is empty or a target is not one
-    of the model's classes.
+    all); `samples`; `seconds`. Raises `UserError` when there is no sample or a target is not one of
+    the model's classes.
     """
-    criterion = criterion or nn.CrossEntropyLoss()
-    sums = torch.zeros(4, dtype=torch.float64)
+    evaluator = ClassificationEvaluator(
+        device, max_samples=evaluation_sample_limit(loader), criterion=criterion
+    )
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     start = time.perf_counter()
     with _eval_mode(model), torch.inference_mode():
         for images, target in loader:
@@ -50,16 +52,26 @@ def evaluate(
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp_autocast():
                 output = model(images)
-                output = output[0] if isinstance(output, (tuple, list)) else output
-                _check_targets(target, output.shape[1])
-                loss = criterion(output, target)
-            sums += _batch_sums(loss, output, target)
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            _check_targets(target, output.shape[1])
+            evaluator.update(output, target)
             if progress is not None:
-                figures = _figures(sums)
-                progress.update(len(target), {name: figures[name] for name in ("loss", "top1")})
+                figures = evaluator.summary()
+                progress.update(
+                    len(target) * processes, {"loss": figures["loss"], "top1": figures["top1"]}
+                )
     if progress is not None:
         progress.close()
-    return {**_figures(_over_processes(sums, device)), "seconds": time.perf_counter() - start}
+    samples = torch.tensor(evaluator.num_samples, device=device)
+    if processes > 1:
+        dist.all_reduce(samples)
+    if samples == 0:
+        raise UserError("evaluation needs at least one image; got none")
+    return {
+        **evaluator.compute(distributed=processes > 1),
+        "samples": int(samples),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 @contextmanager
@@ -80,32 +92,3 @@ def _check_targets(target: Tensor, n_classes: int) -> None:
             f"targets must be classes of the model, in [0, {n_classes - 1}]; "
             f"got {low if low < 0 else high}"
         )
-
-
-def _batch_sums(loss: Tensor, output: Tensor, target: Tensor) -> Tensor:
-    """Loss x B, numbers of right answers at 1 and 5, and B; exact, unlike percentages."""
-    size = len(target)
-    top1, top5 = accuracy(output, target, topk=(1, 5))
-    figures = torch.stack([loss.float(), top1, top5]).double().cpu()
-    right = (figures[1:] * (size / 100)).round()
-    return torch.cat([figures[:1] * size, right, torch.tensor([size], dtype=torch.float64)])
-
-
-def _over_processes(sums: Tensor, device: torch.device | str) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()):
-        return sums
-    total = sums.to(device)
-    dist.all_reduce(total)
-    return total.cpu()
-
-
-def _figures(sums: Tensor) -> dict[str, float]:
-    loss, right1, right5, samples = sums.tolist()
-    if samples == 0:
-        raise UserError("evaluation needs at least one image; got none")
-    return {
-        "loss": loss / samples,
-        "top1": 100 * right1 / samples,
-        "top5": 100 * right5 / samples,
-        "samples": int(samples),
-    }
