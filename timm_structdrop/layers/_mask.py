@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["apply_mask", "kept_scale"]
+__all__ = ["apply_mask", "bernoulli_scale", "kept_scale"]
 
 
 def kept_scale(mask: Tensor) -> Tensor:
@@ -19,3 +19,16 @@ def kept_scale(mask: Tensor) -> Tensor:
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     """``x * M * count(M) / count_ones(M)`` in the dtype of ``x``; M broadcasts against ``x``."""
     return x * (mask * kept_scale(mask)).to(x.dtype)
+
+
+def bernoulli_scale(shape: tuple[int, ...], drop_prob: float | Tensor, like: Tensor) -> Tensor:
+    """Independent factors: 0 with probability p, else 1 / (1 - p), so that their mean is 1.
+
+    Args:
+        shape: the shape of the result.
+        drop_prob: p in [0, 1), a float or a 0-d tensor; not checked.
+        like: the tensor whose device and dtype the factors have.
+    """
+    # float32 whatever the activations: float16 uniforms would round the rate
+    kept = torch.rand(shape, device=like.device, dtype=torch.float32) >= drop_prob
+    return (kept / (1.0 - drop_prob)).to(like.dtype)

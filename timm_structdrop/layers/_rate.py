@@ -1,0 +1,185 @@
+"""How often to draw a block's seed so that the expected fraction of dropped units is exactly p.
+
+A unit (i, j) is dropped if one of the n(i, j) seed positions whose block covers it is drawn, so
+with seeds drawn independently at rate gamma the expected fraction dropped is
+
+    p = mean over the map of 1 - (1 - gamma)^n(i, j).
+
+With t = -log(1 - gamma) and q(t) = mean of exp(-n t), the kept fraction, this is
+log q(t) = log(1 - p). The left side is convex and decreasing in t, so Newton's iteration from t = 0
+rises monotonically to the only root: no bracket and no case can fail, and a fixed number of
+iterations serves where shapes and control flow may not depend on data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from timm_structdrop.layers._base import check_drop_prob
+
+__all__ = ["check_block_size", "paper_rate", "seed_rate", "seed_rate_tensor"]
+
+# Newton's iteration was seen to need 10 steps at most, over maps up to 224 x 224, blocks up to 300
+# and p from 1e-12 to 1 - 1e-12
+STEPS = 12
+
+
+def check_block_size(block_size: int) -> int:
+    """The block size as an int.
+
+    Raises:
+        ValueError: ``block_size`` is not an integer of at least 1.
+    """
+    if block_size != int(block_size) or block_size < 1:
+        raise ValueError(f"block_size must be an integer of at least 1; got {block_size}")
+    return int(block_size)
+
+
+def check_seeds(seeds: str) -> str:
+    """``seeds`` if it says where seeds may fall.
+
+    Raises:
+        ValueError: ``seeds`` is neither ``"valid"`` nor ``"all"``.
+    """
+    if seeds not in ("valid", "all"):
+        raise ValueError(f"seeds must be 'valid' or 'all'; got {seeds!r}")
+    return seeds
+
+
+def seed_rate(p: float, size: tuple[int, int], block_size: int = 7, seeds: str = "valid") -> float:
+    """The seed rate gamma at which blocks drop a fraction ``p`` of the units, in expectation.
+
+    Exact to float64, and cached. With ``seeds="valid"`` this is what Eq. (1) of DropBlock
+    approximates, with ``seeds="all"`` the root of Eq. (8) of R-Block, for any map and block instead
+    of odd blocks smaller than half of the map.
+
+    Args:
+        p: expected fraction of dropped units, in [0, 1).
+        size: (H, W) of the map.
+        block_size: side of the blocks; clamped to H and to W.
+        seeds: ``"valid"``: seeds only where the whole block fits in the map; ``"all"``: seeds
+            everywhere, blocks are cut at the border.
+
+    Returns:
+        gamma in [0, 1).
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1), ``size`` or ``block_size`` is below 1, or ``seeds`` is
+            unknown.
+    """
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be (H, W) of at least 1; got {tuple(size)}")
+    return _solve(
+        check_drop_prob(p), height, width, check_block_size(block_size), check_seeds(seeds)
+    )
+
+
+def paper_rate(p: float | Tensor, size: tuple[int, int], block_size: int = 7) -> float | Tensor:
+    """Eq. (1) of DropBlock on H x W maps, at most 1, for a float or a 0-d tensor ``p``.
+
+    It ignores that blocks overlap, so that fewer than ``p`` of the units are dropped.
+    """
+    height, width = size
+    block_h, block_w = min(block_size, height), min(block_size, width)
+    seeds = (height - block_h + 1) * (width - block_w + 1)
+    rate = p * (height * width / (block_h * block_w * seeds))
+    return rate.clamp(max=1.0) if isinstance(rate, Tensor) else min(rate, 1.0)
+
+
+def seed_rate_tensor(
+    p: Tensor, size: tuple[int, int], block_size: int = 7, seeds: str = "valid"
+) -> Tensor:
+    """:func:`seed_rate` on the device of ``p``, without a synchronisation or data-dependent shapes.
+
+    Args:
+        p: 0-d tensor in [0, 1); values are not checked.
+        size: (H, W) of the map.
+        block_size: side of the blocks; clamped to H and to W.
+        seeds: ``"valid"`` or ``"all"``.
+
+    Returns:
+        gamma as a 0-d float64 tensor (float32 on MPS, which has no float64).
+    """
+    dtype = torch.float32 if p.device.type == "mps" else torch.float64
+    rows, row_weights = _axis_tensors(size[0], block_size, seeds, p.device, dtype)
+    cols, col_weights = _axis_tensors(size[1], block_size, seeds, p.device, dtype)
+    n = (rows[:, None] * cols).flatten()
+    weights = (row_weights[:, None] * col_weights).flatten()
+    p = p.to(dtype)
+    target = torch.log1p(-p)
+    t = -target / (weights * n).sum()
+    for _ in range(STEPS):
+        kept = weights * torch.exp(-n * t)
+        log_kept = torch.where(
+            p < 0.5, torch.log1p((weights * torch.expm1(-n * t)).sum()), torch.log(kept.sum())
+        )
+        t = t + (log_kept - target) * kept.sum() / (n * kept).sum()
+    return -torch.expm1(-t)
+
+
+@lru_cache(maxsize=4096)
+def _solve(p: float, height: int, width: int, block_size: int, seeds: str) -> float:
+    histogram = _histogram(height, width, block_size, seeds)
+    target = math.log1p(-p)
+    t = 0.0
+    for _ in range(STEPS):
+        kept = [(n, weight * math.exp(-n * t)) for n, weight in histogram]
+        total = math.fsum(k for _, k in kept)
+        if p < 0.5:
+            log_kept = math.log1p(math.fsum(w * math.expm1(-n * t) for n, w in histogram))
+        else:
+            log_kept = math.log(total)
+        step = (log_kept - target) * total / math.fsum(n * k for n, k in kept)
+        t += step
+        if step <= 1e-15 * t:
+            break
+    return -math.expm1(-t)
+
+
+@lru_cache(maxsize=1024)
+def _histogram(height: int, width: int, block_size: int, seeds: str) -> list[tuple[int, float]]:
+    """The values n(i, j) takes on the map, each with the fraction of the pixels that have it."""
+    counts: Counter[int] = Counter()
+    for n_row, rows in _axis(height, block_size, seeds).items():
+        for n_col, cols in _axis(width, block_size, seeds).items():
+            counts[n_row * n_col] += rows * cols
+    return [(n, count / (height * width)) for n, count in sorted(counts.items())]
+
+
+def _axis(length: int, block_size: int, seeds: str) -> Counter[int]:
+    """How many positions of an axis are covered by 1, 2, ... of its seeds."""
+    block = min(block_size, length)
+    before, after, last = _reach(length, block, seeds)
+    return Counter(min(i + before, last) - max(i - after, 0) + 1 for i in range(length))
+
+
+def _axis_tensors(
+    length: int, block_size: int, seeds: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """:func:`_axis` built on the device: covering seeds per position, and the positions' weights.
+
+    An axis longer than two blocks only repeats the count in its middle, so at most
+    ``2 * block_size + 1`` positions are listed and the middle one stands for the rest.
+    """
+    block = min(block_size, length)
+    listed = min(length, 2 * block + 1)
+    before, after, last = _reach(listed, block, seeds)
+    i = torch.arange(listed, device=device, dtype=dtype)
+    n = (i + before).clamp(max=last) - (i - after).clamp(min=0) + 1
+    weights = torch.where(i == min(block, listed - 1), length - listed + 1.0, 1.0).to(dtype)
+    return n, weights / length
+
+
+def _reach(length: int, block: int, seeds: str) -> tuple[int, int, int]:
+    """(before, after, last): position i is covered by the seeds in [i - after, i + before] that lie
+    in [0, last]. A seed of ``"valid"`` is its block's first position, one of ``"all"`` its middle.
+    """
+    if seeds == "valid":
+        return 0, block - 1, length - block
+    return (block - 1) // 2, block // 2, length - 1

@@ -1,0 +1,52 @@
+"""Dropout (Srivastava et al., 2014, JMLR 15) on feature maps: drop single units."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
+from timm_structdrop.layers._mask import bernoulli_scale
+from timm_structdrop.layers._registry import register
+
+__all__ = ["UnitDropout2d", "unit_dropout_2d"]
+
+
+def unit_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool = True) -> Tensor:
+    """Zero each unit with probability p, divide the others by 1 - p.
+
+    Args:
+        x: activations (B, C, H, W).
+        drop_prob: p in [0, 1). A 0-d tensor, which is not checked, keeps ``torch.compile`` from
+            specialising on it.
+        training: if False, ``x`` is returned.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: p is a float outside [0, 1).
+    """
+    if isinstance(drop_prob, Tensor):
+        return x * bernoulli_scale(tuple(x.shape), drop_prob, x) if training else x
+    drop_prob = check_drop_prob(drop_prob)
+    return F.dropout(x, drop_prob) if training else x
+
+
+@register(
+    "dropout",
+    summary="drops single units",
+    paper="Srivastava et al. 2014, JMLR 15:1929-1958",
+)
+class UnitDropout2d(StructDropLayer):
+    """Dropout of the units of a map: see :func:`unit_dropout_2d`.
+
+    Args:
+        drop_prob: probability of dropping a unit, in [0, 1).
+
+    Raises:
+        ValueError: ``drop_prob`` is out of range.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.is_off() else unit_dropout_2d(x, self.live_rate())

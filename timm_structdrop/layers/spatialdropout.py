@@ -1,0 +1,52 @@
+"""SpatialDropout (Tompson et al., 2015, arXiv:1411.4280): drop whole channels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
+from timm_structdrop.layers._mask import bernoulli_scale
+from timm_structdrop.layers._registry import register
+
+__all__ = ["SpatialDropout2d", "spatial_dropout_2d"]
+
+
+def spatial_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool = True) -> Tensor:
+    """Zero each channel of each sample with probability p, divide the others by 1 - p.
+
+    Args:
+        x: activations (B, C, H, W).
+        drop_prob: p in [0, 1). A 0-d tensor, which is not checked, keeps ``torch.compile`` from
+            specialising on it.
+        training: if False, ``x`` is returned.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: p is a float outside [0, 1).
+    """
+    if not isinstance(drop_prob, Tensor):
+        drop_prob = check_drop_prob(drop_prob)
+    if not training:
+        return x
+    return x * bernoulli_scale((*x.shape[:2], 1, 1), drop_prob, x)
+
+
+@register(
+    "spatialdropout",
+    summary="drops whole channels",
+    paper="Tompson et al. 2015, arXiv:1411.4280",
+)
+class SpatialDropout2d(StructDropLayer):
+    """SpatialDropout: see :func:`spatial_dropout_2d`.
+
+    Args:
+        drop_prob: probability of dropping a channel of a sample, in [0, 1).
+
+    Raises:
+        ValueError: ``drop_prob`` is out of range.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.is_off() else spatial_dropout_2d(x, self.live_rate())
