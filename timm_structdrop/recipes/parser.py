@@ -23,8 +23,9 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
+    def parse_flags(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse ``argv``, the command line by default; an unknown flag is an error with a hint."""
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
             name = flags[0] if flags else unknown[0]

@@ -17,7 +17,7 @@ from timm_structdrop.recipes.parser import FlagParser
 __all__ = ["load_recipe", "parse_with_sources", "recipe_names"]
 
 ABOUT = ("description", "paper")
-SOURCE_FLAGS = ("recipe", "config", "resume")
+NOT_CONTINUED = ("recipe", "config", "resume", "output", "experiment")
 
 
 def recipe_names() -> list[str]:
@@ -63,7 +63,7 @@ def parse_with_sources(parser: FlagParser, argv: Sequence[str] | None = None) ->
         values = {key: value for key, value in load_recipe(recipe).items() if key not in ABOUT}
         _set_defaults(parser, values, f"recipe {recipe}")
     _set_defaults(parser, config, f"config {named.config}")
-    return parser.parse_args(argv)
+    return parser.parse_flags(argv)
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _saved_flags(resume: str) -> dict[str, Any]:
     if not saved.is_file():
         return {}
     values = _read_config(str(saved))
-    return {key: value for key, value in values.items() if key not in SOURCE_FLAGS}
+    return {key: value for key, value in values.items() if key not in NOT_CONTINUED}
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:

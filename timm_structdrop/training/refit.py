@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropCluster2d
 
 __all__ = ["ClusterRefits"]
@@ -24,21 +25,21 @@ class ClusterRefits:
         every: epochs from one fit to the next, at least 1.
 
     Raises:
-        ValueError: ``start`` or ``every`` is out of range, or the model has no DropCluster layer.
+        UserError: ``start`` or ``every`` is out of range, or the model has no DropCluster layer.
     """
 
     def __init__(self, model: nn.Module, start: int = 50, every: int = 50) -> None:
         if start < 0:
-            raise ValueError(f"the epoch of the first cluster fit must be at least 0; got {start}")
+            raise UserError(f"the epoch of the first cluster fit must be at least 0; got {start}")
         if every < 1:
-            raise ValueError(f"epochs between cluster fits must be at least 1; got {every}")
+            raise UserError(f"epochs between cluster fits must be at least 1; got {every}")
         self.layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, DropCluster2d)
         }
         if not self.layers:
-            raise ValueError("cluster refits need a model with DropCluster2d layers; got none")
+            raise UserError("cluster refits need a model with DropCluster2d layers; got none")
         self.start = start
         self.every = every
         self.pending = False

@@ -7,15 +7,11 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from timm_structdrop.errors import nearest
+from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import StructDropLayer
+from timm_structdrop.models.placement import structdrop_layers
 
-__all__ = ["DropSchedule", "live_drop_prob", "schedule_shapes", "struct_drop_layers"]
-
-
-def struct_drop_layers(model: nn.Module) -> list[StructDropLayer]:
-    """The structured layers of a model, in the order of its modules, each once."""
-    return [module for module in model.modules() if isinstance(module, StructDropLayer)]
+__all__ = ["DropSchedule", "live_drop_prob", "schedule_shapes"]
 
 
 def live_drop_prob(layers: Iterable[StructDropLayer]) -> float | None:
@@ -56,7 +52,7 @@ class DropSchedule:
             factor is what it is at the start (0 for linear, delayed and cosine, else 1).
 
     Raises:
-        ValueError: an argument out of its range, or there is no structured layer.
+        UserError: an argument out of its range, or there is no structured layer.
     """
 
     def __init__(
@@ -68,23 +64,21 @@ class DropSchedule:
         start_update: int = 0,
     ) -> None:
         if shape not in schedule_shapes:
-            raise ValueError(
+            raise UserError(
                 f"a drop schedule's shape must be one of {', '.join(schedule_shapes)}; "
                 f"got {shape!r}{nearest(str(shape), schedule_shapes, n=1)}"
             )
         if total_updates < 1:
-            raise ValueError(f"total_updates must be at least 1; got {total_updates}")
+            raise UserError(f"total_updates must be at least 1; got {total_updates}")
         if not 0 <= start_update < total_updates:
-            raise ValueError(
+            raise UserError(
                 f"start_update must be in [0, total_updates = {total_updates}); got {start_update}"
             )
-        self.layers = (
-            struct_drop_layers(model_or_layers)
-            if isinstance(model_or_layers, nn.Module)
-            else list(model_or_layers)
-        )
+        if isinstance(model_or_layers, nn.Module):
+            model_or_layers = structdrop_layers(model_or_layers)
+        self.layers = list(model_or_layers)
         if not self.layers:
-            raise ValueError("a drop schedule needs a model with structured layers; got none")
+            raise UserError("a drop schedule needs a model with structured layers; got none")
         self.shape = shape
         self.total_updates = total_updates
         self.start_update = start_update
@@ -93,10 +87,10 @@ class DropSchedule:
         """What the target rates are multiplied by at ``update``, in [0, 1].
 
         Raises:
-            ValueError: ``update`` is negative.
+            UserError: ``update`` is negative.
         """
         if update < 0:
-            raise ValueError(f"update must be at least 0; got {update}")
+            raise UserError(f"update must be at least 0; got {update}")
         if self.shape == "delayed" and update < self.start_update:
             return 0.0
         t = (update - self.start_update) / (self.total_updates - self.start_update)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
+from timm_structdrop.errors import UserError
+
 __all__ = ["SeededErasing", "derive_seed", "seed_everything", "set_loader_epoch"]
 
 
@@ -27,10 +29,10 @@ def derive_seed(purpose: str, *numbers: int) -> int:
     epoch and rank does not: (seed 1, rank 0) and (seed 0, rank 1) would draw the same numbers.
 
     Raises:
-        ValueError: a number is negative.
+        UserError: a number is negative.
     """
     if any(number < 0 for number in numbers):
-        raise ValueError(f"seeds, epochs, batches and ranks must be at least 0; got {numbers}")
+        raise UserError(f"seeds, epochs, batches and ranks must be at least 0; got {numbers}")
     entropy = [zlib.crc32(purpose.encode()), *numbers]
     word = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return int(word) >> 1

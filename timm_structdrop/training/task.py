@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class StructDropTask(ClassificationTask):
         super().__init__(model, criterion, **task_settings)
         self.schedule = schedule
         self.refits = refits
+        self.is_compiled = False
 
     def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Ask for the cluster fits that are due in ``epoch``.
@@ -69,10 +71,18 @@ class StructDropTask(ClassificationTask):
         """
         if self.refits is None or not self.refits.pending:
             return super().forward(input, target)
-        with torch.compiler.set_stance("force_eager"):
+        with self._eager():
             result = super().forward(input, target)
         self.refits.done()
         return result
+
+    def compile(self, *args: Any, **settings: Any) -> nn.Module:
+        """Compile the model, as timm's task does."""
+        self.is_compiled = True
+        return super().compile(*args, **settings)
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
 
 def make_task(

@@ -1,0 +1,184 @@
+"""Models, losses, optimizers, schedules and tasks from flags."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch import nn
+from torch.optim import Optimizer
+
+from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.layers import DropCluster2d
+from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.models.structdrop_attached import attach
+from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.recipes.parser import parse_structdrop
+from timm_structdrop.training import ClusterRefits, DropSchedule, StructDropTask, make_task
+
+__all__ = ["build_model", "build_optimizer", "build_scheduler", "build_task"]
+
+_logger = logging.getLogger(__name__)
+
+
+def build_model(flags: argparse.Namespace) -> Any:
+    """The model with its regularizers, on the CPU; for the random start seed torch before.
+
+    Raises:
+        UserError: the model is unknown or does not take what the flags say.
+    """
+    arch = flags.model.split(".")[0]
+    if ":" not in flags.model and not timm.is_model(arch):
+        raise UserError(f"unknown model {flags.model!r}{nearest(arch, timm.list_models())}")
+    size = tuple(flags.input_size[1:]) if flags.input_size else flags.img_size
+    settings: dict[str, Any] = dict(flags.model_kwargs)
+    if arch in variants and size is not None:
+        settings.setdefault("img_size", size)
+    if flags.pretrained_path:
+        settings["pretrained_cfg_overlay"] = {"file": flags.pretrained_path, "num_classes": -1}
+    model: Any
+    try:
+        model = timm.create_model(
+            flags.model,
+            pretrained=flags.pretrained or bool(flags.pretrained_path),
+            in_chans=flags.input_size[0] if flags.input_size else flags.in_chans,
+            num_classes=flags.num_classes,
+            drop_rate=flags.drop,
+            drop_path_rate=flags.drop_path,
+            drop_block_rate=flags.drop_block,
+            global_pool=flags.gp,
+            bn_momentum=flags.bn_momentum,
+            bn_eps=flags.bn_eps,
+            checkpoint_path=flags.initial_checkpoint,
+            **settings,
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {flags.model} does not take these flags: {error}") from error
+    for text in flags.structdrop:
+        name, layer_settings = parse_structdrop(text)
+        attach(model, name, **{"img_size": size, **layer_settings})
+    _initialize_head(model, flags.head_init_scale, flags.head_init_bias)
+    if flags.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    return model
+
+
+def _initialize_head(model: Any, scale: float | None, bias: float | None) -> None:
+    if scale is None and bias is None:
+        return
+    head = model.get_classifier()
+    with torch.no_grad():
+        if scale is not None:
+            head.weight.mul_(scale)
+            head.bias.mul_(scale)
+        if bias is not None:
+            head.bias.fill_(bias)
+
+
+def build_optimizer(flags: argparse.Namespace, model: nn.Module, world_size: int) -> Optimizer:
+    """timm's optimizer of that name; its rate, if not given, from ``--lr-base`` as in timm.
+
+    Raises:
+        UserError: the optimizer is unknown or does not take its settings.
+    """
+    if flags.opt.lower() not in list_optimizers():
+        raise UserError(f"unknown optimizer {flags.opt!r}{nearest(flags.opt, list_optimizers())}")
+    settings = {**optimizer_kwargs(cfg=flags), "lr": learning_rate(flags, world_size)}
+    try:
+        return create_optimizer_v2(model, **settings, **flags.opt_kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {flags.opt} does not take these flags: {error}") from error
+
+
+def learning_rate(flags: argparse.Namespace, world_size: int) -> float:
+    """``--lr``, or timm's rule: ``--lr-base`` scaled by the images of an update, linearly or, for
+    adaptive optimizers, by the square root."""
+    if flags.lr:
+        return flags.lr
+    images = flags.batch_size * flags.grad_accum_steps * world_size
+    adaptive = any(part in flags.opt.lower() for part in ("ada", "lamb"))
+    scale = flags.lr_base_scale or ("sqrt" if adaptive else "linear")
+    ratio = images / flags.lr_base_size
+    return flags.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def build_scheduler(
+    flags: argparse.Namespace, optimizer: Optimizer, updates_per_epoch: int
+) -> tuple[Any, int]:
+    """timm's learning rate scheduler (or None) and the epochs that it makes of ``--epochs``.
+
+    Raises:
+        UserError: the schedule does not take its settings.
+    """
+    if flags.epochs < 1:
+        raise UserError(f"--epochs must be at least 1; got {flags.epochs}")
+    settings = scheduler_kwargs(flags, decreasing_metric=flags.eval_metric == "loss")
+    try:
+        return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"schedule {flags.sched} does not take these flags: {error}") from error
+
+
+def build_task(
+    flags: argparse.Namespace,
+    model: nn.Module,
+    epochs: int,
+    updates_per_epoch: int,
+    device: torch.device,
+) -> StructDropTask:
+    """The model with its loss, drop schedule, cluster refits and averaged copy.
+
+    Raises:
+        UserError: the drop schedule or the refits do not fit the model or the epochs.
+    """
+    schedule = refits = None
+    if flags.drop_schedule != "constant" or list(structdrop_layers(model)):
+        schedule = DropSchedule(
+            model,
+            flags.drop_schedule,
+            total_updates=epochs * updates_per_epoch,
+            start_update=round(flags.drop_schedule_start * updates_per_epoch),
+        )
+    clusters = [layer for layer in model.modules() if isinstance(layer, DropCluster2d)]
+    if any(layer.fit_start_step is None for layer in clusters):
+        refits = ClusterRefits(model, flags.cluster_start, flags.cluster_every)
+        if flags.cluster_start >= epochs:
+            _logger.warning(
+                f"DropCluster will not do anything: its first fit is in epoch "
+                f"{flags.cluster_start} (--cluster-start) of a run of {epochs} epochs"
+            )
+    task = make_task(
+        model, training_loss(flags), schedule=schedule, refits=refits, device=device, verbose=False
+    )
+    if flags.model_ema:
+        task.setup_ema(
+            decay=flags.model_ema_decay,
+            use_warmup=flags.model_ema_warmup,
+            device=torch.device("cpu") if flags.model_ema_force_cpu else None,
+        )
+    return task
+
+
+def training_loss(flags: argparse.Namespace) -> nn.Module:
+    """timm's loss for these flags; mixup smooths the targets itself."""
+    mixes = flags.mixup > 0 or flags.cutmix > 0 or flags.cutmix_minmax
+    if flags.bce_loss:
+        return BinaryCrossEntropy(
+            smoothing=0.0 if mixes else flags.smoothing,
+            target_threshold=flags.bce_target_thresh,
+            sum_classes=flags.bce_sum,
+            pos_weight=flags.bce_pos_weight,
+        )
+    if mixes:
+        return SoftTargetCrossEntropy()
+    if flags.smoothing:
+        return LabelSmoothingCrossEntropy(smoothing=flags.smoothing)
+    return nn.CrossEntropyLoss()

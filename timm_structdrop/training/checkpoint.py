@@ -1,0 +1,296 @@
+"""Checkpoints that hold a whole run, are written whole or not at all, and continue it exactly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.models import clean_state_dict
+from timm.utils import CheckpointSaver, unwrap_model
+from torch.optim import Optimizer
+
+from timm_structdrop.errors import UserError
+from timm_structdrop.models.weights import Checkpoint, load_weights, read_file
+from timm_structdrop.training.files import replace_with_link, save_whole
+from timm_structdrop.training.task import StructDropTask
+
+__all__ = ["Position", "RunSaver", "RunState", "find_resume", "resume"]
+
+EXTENSION = ".pth.tar"
+RECOVERY = re.compile(r"recovery-(\d+)-(\d+)\.pth\.tar")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        epoch: the epoch to train next, or in progress, counted from 0.
+        batch: batches of it that are done.
+        update: optimizer updates done since the start of the run.
+        sums: what the epoch in progress has added up for its means (loss, images, ...).
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    update: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RunState:
+    """What a run consists of beside its data: all that a checkpoint saves and a resume restores.
+
+    Attributes:
+        arch: the model's name, which a checkpoint has to share.
+        task: holds the model and its averaged copy.
+        optimizer: the optimizer.
+        scheduler: timm's learning rate scheduler, or None.
+        scaler: timm's ``NativeScaler``, or None.
+        settings: the run's flags, saved for whoever reads the checkpoint.
+    """
+
+    arch: str
+    task: StructDropTask
+    optimizer: Optimizer
+    scheduler: Any = None
+    scaler: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """The content of a checkpoint, without the saver's bookkeeping.
+
+        timm's keys have timm's meaning (``epoch`` is the last one trained to its end), so that
+        timm's scripts read these files too.
+        """
+        content = {
+            "epoch": position.epoch - 1,
+            "version": 2,
+            "arch": self.arch,
+            "args": dict(self.settings),
+            "position": asdict(position),
+            "optimizer": self.optimizer.state_dict(),
+            **self.task.get_checkpoint_state(),
+            **self.task.get_checkpoint_state(ema=True),
+        }
+        if self.scaler is not None:
+            content[self.scaler.state_dict_key] = self.scaler.state_dict()
+        if hasattr(self.scheduler, "lr_scheduler"):
+            # plateau counts bad epochs; timm's other schedules are functions of the position
+            content["lr_scheduler"] = self.scheduler.lr_scheduler.state_dict()
+        return content
+
+
+class RunSaver(CheckpointSaver):
+    """timm's `CheckpointSaver` (last, the best N, model_best, recovery) for a whole `RunState`.
+
+    The difference is in the writing. Each file is written under a temporary name and renamed; the
+    names of an epoch (``checkpoint-N``, ``model_best``, then ``last``) follow from one write; and
+    what is no longer wanted is deleted last. So whenever a run dies, in the middle of saving too,
+    ``last`` is whole and its own list of the best agrees with the files beside it.
+
+    Args:
+        run: what to save.
+        folder: where to.
+        decreasing: whether a lower metric is better.
+        max_history: how many of the best checkpoints to keep, at least 1.
+    """
+
+    best_metric: float | None
+    best_epoch: int | None
+
+    def __init__(
+        self, run: RunState, folder: Path, decreasing: bool = False, max_history: int = 10
+    ) -> None:
+        if max_history < 1:
+            raise UserError(f"at least 1 checkpoint must be kept; got {max_history}")
+        super().__init__(
+            model=unwrap_model(run.task.get_trainable_module()),
+            optimizer=run.optimizer,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            decreasing=decreasing,
+            max_history=max_history,
+        )
+        self.run = run
+        self.folder = folder
+
+    def save_checkpoint(
+        self, epoch: int, metric: float | None = None, update: int = 0
+    ) -> tuple[float | None, int | None]:
+        """Save the state after ``epoch``; ``metric`` ranks it, None keeps it by recency only.
+
+        Returns:
+            The best metric so far and its epoch.
+
+        Raises:
+            UserError: the files cannot be written; those of before are intact.
+        """
+        path, fresh = self._path(f"checkpoint-{epoch}"), self._path("fresh")
+        files = self._ranked(str(path), metric)
+        is_best = metric is not None and (
+            self.best_metric is None or self.cmp(metric, self.best_metric)
+        )
+        before = self.state_dict()
+        self.checkpoint_files = files[: self.max_history]
+        if is_best:
+            self.best_metric, self.best_epoch = metric, epoch
+        try:
+            self._write(fresh, Position(epoch + 1, 0, update), metric)
+            if (str(path), metric) in self.checkpoint_files:
+                replace_with_link(fresh, path)
+            if is_best:
+                replace_with_link(fresh, self._path("model_best"))
+            fresh.replace(self._path("last"))
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            self.load_state_dict(before)
+            raise
+        for name, _ in files[self.max_history :]:
+            Path(name).unlink(missing_ok=True)
+        for file in _recoveries(self.folder):
+            file.unlink(missing_ok=True)
+        return self.best_metric, self.best_epoch
+
+    def save_recovery(
+        self,
+        epoch: int,
+        batch_idx: int = 0,
+        update: int = 0,
+        sums: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Save the state in the middle of ``epoch``, after ``batch_idx`` batches, in place of the
+        recovery checkpoint of before.
+
+        Raises:
+            UserError: the file cannot be written; the one of before is intact.
+        """
+        before = _recoveries(self.folder)
+        path = self._path(f"recovery-{epoch}-{batch_idx}")
+        self._write(path, Position(epoch, batch_idx, update, dict(sums or {})))
+        for file in before:
+            if file != path:
+                file.unlink(missing_ok=True)
+        return path
+
+    def restore(self, content: Mapping[str, Any], source: Path) -> None:
+        """Take over the list of the best from a checkpoint at ``source``, as far as the files
+        are in this folder, and make ``model_best`` the best one of that time.
+
+        Without that one's file the search for the best begins again.
+        """
+        self.load_state_dict(content.get("saver", {}))
+        if self.best_epoch is None:
+            return
+        checkpoint = source.parent / f"checkpoint-{self.best_epoch}{EXTENSION}"
+        best = self._path("model_best")
+        if checkpoint.is_file():
+            replace_with_link(checkpoint, best)
+        elif not best.is_file() or read_file(best).get("epoch") != self.best_epoch:
+            self.best_metric = self.best_epoch = None
+
+    def _write(self, path: Path, position: Position, metric: float | None = None) -> None:
+        content = self.run.state(position)
+        if metric is not None:
+            content["metric"] = metric
+        # timm has load_state_dict add the checkpoint being written; here it is in the list
+        content["saver"] = {**self.state_dict(), "pending": (None, None)}
+        save_whole(content, path)
+
+    def _ranked(self, path: str, metric: float | None) -> list[tuple[str, Any]]:
+        """Best first, earlier before later among equals; those without a metric, newest first."""
+        others = [file for file in self.checkpoint_files if file[0] != path]
+        ranked = [file for file in others if file[1] is not None]
+        unranked = [file for file in others if file[1] is None]
+        if metric is None:
+            unranked.insert(0, (path, metric))
+        else:
+            ranked.append((path, metric))
+        return sorted(ranked, key=lambda file: file[1], reverse=not self.decreasing) + unranked
+
+    def _path(self, stem: str) -> Path:
+        return self.folder / f"{stem}{EXTENSION}"
+
+
+def _recoveries(folder: Path) -> list[Path]:
+    """Recovery checkpoints, the furthest last."""
+    found = [
+        (RECOVERY.fullmatch(file.name), file) for file in folder.glob(f"recovery-*{EXTENSION}")
+    ]
+    named = [(int(match[1]), int(match[2]), file) for match, file in found if match]
+    return [file for _, _, file in sorted(named)]
+
+
+def find_resume(path: str | Path) -> Path:
+    """The checkpoint to continue from: ``path`` itself, or in a folder the furthest one.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"--resume must be an existing checkpoint or folder; got {path}")
+        return path
+    candidates = [*_recoveries(path)[-1:], path / f"last{EXTENSION}"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"--resume needs a folder with last{EXTENSION} or recovery-*; got {path}")
+
+
+def resume(
+    run: RunState, path: Path, weights_only: bool = False
+) -> tuple[Position, dict[str, Any]]:
+    """Put a run back where its checkpoint was saved. Call it before compiling and wrapping.
+
+    Args:
+        run: freshly made from the same settings.
+        path: a checkpoint of this package, or of timm's train.py (at the end of an epoch).
+        weights_only: leave the optimizer and the scaler as they are.
+
+    Returns:
+        Where to go on, and the content of the checkpoint.
+
+    Raises:
+        UserError: the file is no training checkpoint, or one of another model or optimizer.
+    """
+    content = read_file(path)
+    if "state_dict" not in content or "optimizer" not in content:
+        raise UserError(f"--resume needs a checkpoint of a training run; {path} is not one")
+    if str(content.get("arch")).split(".")[0] != run.arch.split(".")[0]:
+        raise UserError(
+            f"--resume needs a checkpoint of the model that is trained, {run.arch}; "
+            f"{path} holds {content.get('arch')}"
+        )
+    _load_models(run, content, path)
+    if not weights_only:
+        _load(run.optimizer.load_state_dict, content["optimizer"], "optimizer", path)
+        if run.scaler is not None and run.scaler.state_dict_key in content:
+            run.scaler.load_state_dict(content[run.scaler.state_dict_key])
+        if "lr_scheduler" in content and hasattr(run.scheduler, "lr_scheduler"):
+            run.scheduler.lr_scheduler.load_state_dict(content["lr_scheduler"])
+    saved = content.get("position")
+    if saved is None:
+        return Position(content.get("epoch", -1) + (content.get("version", 1) > 1)), content
+    return Position(**saved), content
+
+
+def _load_models(run: RunState, content: Mapping[str, Any], path: Path) -> None:
+    averaged = content.get("state_dict_ema") or content["state_dict"]
+    targets = [(run.task.get_trainable_module(), content["state_dict"])]
+    if run.task.has_ema():
+        targets.append((run.task.get_trainable_module(ema=True), averaged))
+    for model, weights in targets:
+        weights = clean_state_dict(weights)
+        load_weights(unwrap_model(model), Checkpoint(path, weights, run.arch, {}, False), run.arch)
+
+
+def _load(load: Callable[[Any], object], state: Any, what: str, path: Path) -> None:
+    try:
+        load(state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"the {what} in {path} must fit the one in use; {error}") from error

@@ -1,0 +1,42 @@
+"""Ending a run when the machine asks for it: after the update that is under way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+__all__ = ["StopRequest", "TrainingStopped"]
+
+
+class TrainingStopped(Exception):
+    """The process was asked to end (SIGTERM); the run is saved as it stands."""
+
+
+class StopRequest:
+    """Within its ``with`` block SIGTERM does not kill the process but sets ``requested``.
+
+    Outside the main thread, where Python cannot take signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: object = None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]
+            self._before = None
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

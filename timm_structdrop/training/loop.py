@@ -1,0 +1,116 @@
+"""The training loop: epochs with their evaluation, their row in summary.csv and checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from timm.utils import distribute_bn
+
+from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.training.checkpoint import Position
+from timm_structdrop.training.epoch import Loop, learning_rate, train_one_epoch
+from timm_structdrop.training.interrupt import TrainingStopped
+from timm_structdrop.training.schedule import live_drop_prob
+
+__all__ = ["fit"]
+
+_logger = logging.getLogger(__name__)
+
+
+def fit(loop: Loop, start: Position | None = None) -> list[dict[str, Any]]:
+    """Train from ``start`` (the beginning, if None) to the last epoch.
+
+    Returns:
+        What this call trained: for each epoch ``epoch``, ``train`` and, where it was evaluated,
+        ``validation`` figures.
+
+    Raises:
+        UserError: the loss is not finite, or a checkpoint cannot be written.
+        TrainingStopped: the process got SIGTERM; the state after the update it was in is saved.
+    """
+    position = start or Position()
+    results = []
+    with loop.stop:
+        while position.epoch < loop.settings.epochs:
+            results.append(_epoch(loop, position))
+            position = Position(position.epoch + 1)
+            if loop.stop.requested and position.epoch < loop.settings.epochs:
+                raise TrainingStopped
+    return results
+
+
+def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
+    """Train and evaluate one epoch, write its row and its checkpoint."""
+    settings, run, epoch = loop.settings, loop.run, position.epoch
+    rate = learning_rate(run.optimizer)
+    train = train_one_epoch(loop, position)
+    if settings.world_size > 1 and settings.dist_bn:
+        _distribute_bn(loop)
+    _log_refits(loop, epoch)
+    last = epoch + 1 == settings.epochs
+    due = last or loop.stop.requested or (epoch + 1) % settings.val_interval == 0
+    validation = _evaluate(loop) if due else None
+    metric = train["loss"] if validation is None else validation[settings.eval_metric]
+    if loop.summary is not None:
+        loop.summary.append(_row(loop, epoch, train, validation, rate))
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1, metric if due else None)
+    if loop.saver is not None and due:
+        loop.saver.save_checkpoint(epoch, metric, (epoch + 1) * loop.updates_per_epoch)
+    figures = {"epoch": epoch, "train": train}
+    return figures if validation is None else {**figures, "validation": validation}
+
+
+def _distribute_bn(loop: Loop) -> None:
+    settings, task = loop.settings, loop.run.task
+    for model in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
+        if model is not None:
+            distribute_bn(model, settings.world_size, settings.dist_bn == "reduce")
+
+
+def _log_refits(loop: Loop, epoch: int) -> None:
+    refits = loop.run.task.refits
+    for name, fit in (refits.report(epoch) if refits is not None else {}).items():
+        index = fit["adjusted_rand_index"]
+        changed = "the first fit" if index is None else f"{index:.3f} adjusted Rand index to before"
+        _logger.info(
+            f"Clusters of {name} fitted in epoch {epoch}: {fit['n_clusters']} in each of "
+            f"{fit['channels']} channels, {fit['unstructured']} channels unstructured, {changed}, "
+            f"{fit['seconds']:.2f} s"
+        )
+
+
+def _evaluate(loop: Loop) -> dict[str, float] | None:
+    """Figures of the model, or of its averaged copy where it is kept on the same device."""
+    if loop.evaluate is None:
+        return None
+    task = loop.run.task
+    figures = loop.evaluate(task.get_eval_model(), "Validate")
+    averaged = task.get_trainable_module(ema=True)
+    if averaged is not None and averaged.device in (None, loop.device):
+        figures = loop.evaluate(task.get_eval_model(ema=True), "Validate (EMA)")
+    return dict(figures)
+
+
+def _row(
+    loop: Loop,
+    epoch: int,
+    train: Mapping[str, float],
+    validation: Mapping[str, float] | None,
+    rate: float,
+) -> dict[str, Any]:
+    """The columns of timm's summary.csv, and the live drop rate and clusters where there are."""
+    row: dict[str, Any] = {"epoch": epoch}
+    row |= {f"train_{name}": value for name, value in train.items()}
+    if loop.evaluate is not None:
+        names = ("loss", "top1", "top5")
+        row |= {f"eval_{name}": (validation or {}).get(name, "") for name in names}
+    row["lr"] = rate
+    layers = list(structdrop_layers(loop.run.task.get_trainable_module()))
+    if layers:
+        row["drop_prob"] = live_drop_prob(layers)
+    if loop.run.task.refits is not None:
+        row |= loop.run.task.refits.summary()
+    return row

@@ -1,0 +1,292 @@
+#!/usr/bin/env python3
+"""Train a timm model with structured dropout: flags, then objects, then the training.
+
+    python train.py --recipe digits-quickstart
+    torchrun --nproc-per-node 4 train.py --model resnet50_dropcluster --data-dir /data/imagenet
+
+The flags are timm's, and `--help` lists them with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.models import safe_model_name
+from timm.utils import NativeScaler, init_distributed_device
+from torch import nn
+
+from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.recipes import parse_with_sources, train_parser
+from timm_structdrop.recipes.build import (
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    build_task,
+)
+from timm_structdrop.recipes.build_data import evaluation, training_batches
+from timm_structdrop.training import (
+    Loop,
+    LoopSettings,
+    Position,
+    RunSaver,
+    RunState,
+    SummaryFile,
+    TrainingStopped,
+    find_resume,
+    fit,
+    resume,
+    seed_everything,
+    write_whole,
+)
+
+_logger = logging.getLogger("timm_structdrop.train")
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process of the run, and the device it computes on."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse_with_sources(train_parser(), argv)
+    process = start_process(flags)
+    checkpoint = find_resume(flags.resume) if flags.resume else None
+
+    seed_everything("model", flags.seed)
+    model = build_model(flags)
+    data = resolve_data_config(vars(flags), model=model)
+    loader, mixup = training_batches(
+        flags, data, model.num_classes, process.device, process.rank, process.world_size
+    )
+    evaluate = evaluation(flags, data, process.device, process.rank, process.world_size)
+    model = place_model(flags, model, process)
+    updates_per_epoch = -(-len(loader) // flags.grad_accum_steps)
+    optimizer = build_optimizer(flags, model, process.world_size)
+    scheduler, epochs = build_scheduler(flags, optimizer, updates_per_epoch)
+    task = build_task(flags, model, epochs, updates_per_epoch, process.device)
+
+    scaler = grad_scaler(flags, process)
+    run = RunState(flags.model, task, optimizer, scheduler, scaler, vars(flags))
+    settings = loop_settings(flags, epochs, process)
+    loop = Loop(run, loader, process.device, settings, mixup, evaluate)
+    start, content = continue_run(flags, loop, checkpoint)
+    if process.rank == 0:
+        folder = output_folder(flags, checkpoint, data)
+        loop.saver = RunSaver(run, folder, flags.eval_metric == "loss", flags.checkpoint_hist)
+        prepare_output(loop, folder, start, checkpoint, content)
+        announce(loop, folder, start)
+    compile_and_wrap(flags, loop, process)
+    results = run_to_the_end(loop, start)
+    if process.rank == 0:
+        report(flags, loop, results)
+
+
+def start_process(flags: argparse.Namespace) -> Process:
+    """Logging, distributed processes and the device's settings."""
+    name = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device must be available; got {name!r}, and torch sees no GPU")
+    found = argparse.Namespace(device=name)
+    process = Process(init_distributed_device(found), found.rank, found.world_size)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    ours = logging.getLogger("timm_structdrop")
+    ours.setLevel(logging.INFO if process.rank == 0 else logging.WARNING)
+    if kind == "cpu" and flags.workers and "OMP_NUM_THREADS" not in os.environ:
+        # threads that wait for each other are slow where worker processes take their cores
+        torch.set_num_threads(max(1, torch.get_num_threads() - flags.workers))
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if flags.fast_norm:
+        set_fast_norm()
+    return process
+
+
+def place_model(flags: argparse.Namespace, model: nn.Module, process: Process) -> nn.Module:
+    model = model.to(process.device)
+    if flags.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if process.world_size > 1 and flags.sync_bn:
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def grad_scaler(flags: argparse.Namespace, process: Process) -> NativeScaler | None:
+    """Only float16 needs its gradients scaled, and only GPUs compute in it."""
+    needed = flags.amp and flags.amp_dtype == "float16" and process.device.type == "cuda"
+    return NativeScaler(device="cuda") if needed else None
+
+
+def loop_settings(flags: argparse.Namespace, epochs: int, process: Process) -> LoopSettings:
+    return LoopSettings(
+        epochs=epochs,
+        seed=flags.seed,
+        grad_accum_steps=flags.grad_accum_steps,
+        clip_grad=flags.clip_grad,
+        clip_mode=flags.clip_mode,
+        amp_dtype=getattr(torch, flags.amp_dtype) if flags.amp else None,
+        channels_last=flags.channels_last,
+        mixup_off_epoch=flags.mixup_off_epoch,
+        val_interval=flags.val_interval,
+        eval_metric=flags.eval_metric,
+        log_interval=flags.log_interval,
+        recovery_interval=flags.recovery_interval,
+        dist_bn="" if flags.sync_bn else flags.dist_bn,
+        synchronize_step=flags.synchronize_step,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+
+
+def continue_run(
+    flags: argparse.Namespace, loop: Loop, checkpoint: Path | None
+) -> tuple[Position, Mapping[str, Any]]:
+    """Restore what `--resume` names and set the learning rate of where it stands."""
+    start = Position()
+    content: Mapping[str, Any] = {}
+    if checkpoint is not None:
+        start, content = resume(loop.run, checkpoint, weights_only=flags.no_resume_opt)
+    if flags.start_epoch is not None:
+        start = Position(flags.start_epoch)
+    scheduler = loop.run.scheduler
+    if scheduler is not None and start != Position():
+        scheduler.step(start.epoch)
+        scheduler.step_update(loop.updates_before(start))
+    return start, content
+
+
+def output_folder(
+    flags: argparse.Namespace, checkpoint: Path | None, data: Mapping[str, Any]
+) -> Path:
+    """Where the run writes: the folder it is continued in, or `<output>/<experiment>`, or timm's
+    `<output>/<timestamp>-<model>-<size>`."""
+    output = Path(flags.output or "output/train")
+    if checkpoint is not None and not flags.experiment:
+        folder = checkpoint.parent
+        if not flags.output or folder.resolve().parent == output.resolve():
+            return folder
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{time}-{safe_model_name(flags.model)}-{data['input_size'][-1]}"
+    folder = output / (flags.experiment or name)
+    continued = checkpoint is not None and folder.resolve() == checkpoint.parent.resolve()
+    if not continued and (folder / "last.pth.tar").exists():
+        raise UserError(f"{folder} holds a run: continue it with --resume, or name another folder")
+    return folder
+
+
+def prepare_output(
+    loop: Loop,
+    folder: Path,
+    start: Position,
+    checkpoint: Path | None,
+    content: Mapping[str, Any],
+) -> None:
+    """Make the folder with args.yaml and what summary.csv and the list of the best go on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(loop.run.settings), default_flow_style=False)
+    write_whole(folder / "args.yaml", lambda file: file.write(text.encode()))
+    loop.summary = SummaryFile(folder / "summary.csv", start.epoch)
+    if checkpoint is not None and loop.saver is not None:
+        loop.saver.restore(content, checkpoint)
+
+
+def announce(loop: Loop, folder: Path, start: Position) -> None:
+    run, settings = loop.run, loop.settings
+    parameters = sum(parameter.numel() for parameter in run.task.parameters())
+    rate = max(group.get("initial_lr", group["lr"]) for group in run.optimizer.param_groups)
+    _logger.info(
+        f"{run.arch}: {parameters:,} parameters on {loop.device}; {settings.epochs} epochs of "
+        f"{len(loop.loader)} batches; {type(run.optimizer).__name__}, learning rate {rate:.3g}"
+    )
+    schedule = run.task.schedule
+    if schedule is not None:
+        targets = sorted({layer.target_drop_prob for layer in schedule.layers})
+        _logger.info(
+            f"{len(schedule.layers)} structured layers, drop rate "
+            f"{', '.join(map(str, targets))}, {schedule.shape}"
+        )
+    where = f" from epoch {start.epoch}, batch {start.batch}" if start != Position() else ""
+    _logger.info(f"Writing to {folder}{where}")
+
+
+def compile_and_wrap(flags: argparse.Namespace, loop: Loop, process: Process) -> None:
+    """torch.compile first, so that DistributedDataParallel stays out of the compiled graph."""
+    task = loop.run.task
+    if flags.torchcompile:
+        task.compile(backend=flags.torchcompile, mode=flags.torchcompile_mode)
+        task.compile_ema(backend=flags.torchcompile, mode=flags.torchcompile_mode)
+    if process.world_size > 1:
+        ids = [process.device] if process.device.type != "cpu" else None
+        task.prepare_distributed(device_ids=ids, broadcast_buffers=not flags.no_ddp_bb)
+
+
+def run_to_the_end(loop: Loop, start: Position) -> list[dict[str, Any]]:
+    try:
+        return fit(loop, start)
+    except (TrainingStopped, KeyboardInterrupt) as stop:
+        if loop.saver is not None:
+            command = shlex.join(["python", "train.py", "--resume", str(loop.saver.folder)])
+            print(f"\nstopped; go on with: {command}", file=sys.stderr)
+        if isinstance(stop, TrainingStopped):
+            sys.exit(143)
+        raise
+    finally:
+        if loop.settings.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def report(flags: argparse.Namespace, loop: Loop, results: list[dict[str, Any]]) -> None:
+    """timm's closing lines, and what to run next."""
+    saver = loop.saver
+    assert saver is not None
+    if saver.best_metric is not None:
+        _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
+    metric = flags.eval_metric
+
+    def figure(result: Mapping[str, Any]) -> float:
+        return result.get("validation", result["train"]).get(metric, 0.0)
+
+    best_last = sorted(results, key=figure, reverse=metric == "loss")
+    print(f"--result\n{json.dumps(best_last[-10:], indent=4)}", flush=True)
+    best = saver.folder / "model_best.pth.tar"
+    _logger.info(f"Next: {shlex.join(validate_command(flags, best))}")
+
+
+def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
+    """The command that evaluates what was trained."""
+    command = ["python", "validate.py"]
+    if flags.recipe:
+        command += ["--recipe", flags.recipe]
+    else:
+        command += ["--model", flags.model]
+        command += ["--dataset", flags.dataset] if flags.dataset else []
+    folder = flags.data_dir or flags.data
+    command += ["--data-dir", folder] if folder else []
+    command += ["--checkpoint", str(checkpoint)]
+    return command + (["--use-ema"] if flags.model_ema else [])
+
+
+if __name__ == "__main__":
+    run_command(main)
