@@ -158,7 +158,10 @@ class _MultiplyMaps(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, masks: Tensor, numbers: Tensor) -> Tensor:
-        return masks.index_select(0, numbers).view(x.shape).mul_(x)
+        # a view as the output would forbid the in-place additions of residual networks
+        out = torch.empty_like(x)
+        torch.index_select(masks, 0, numbers, out=out.view(len(numbers), 1, *x.shape[2:]))
+        return out.mul_(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -95,6 +95,43 @@ def trace(
             )
             handles.append(module.register_forward_pre_hook(partial(enter, path)))
             handles.append(module.register_forward_hook(partial(watch, path, leaf)))
+    try:
+        _forward_zero_image(model, img_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return steps
+
+
+def map_shape(model: nn.Module, path: str, img_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of the output of module ``path``.
+
+    Raises:
+        UserError: the module does not run, or does not return a (B, C, H, W) tensor.
+    """
+    shapes: list[tuple[int, int, int]] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            shapes.append((output.shape[1], output.shape[2], output.shape[3]))
+        raise _Stop
+
+    module = dict(model.named_modules()).get(path)
+    if module is not None:
+        handle = module.register_forward_hook(watch)
+        try:
+            _forward_zero_image(model, img_size)
+        finally:
+            handle.remove()
+    if not shapes:
+        raise UserError(
+            f"a regularizer that keeps state needs a (B, C, H, W) map; module {path!r} has none"
+        )
+    return shapes[0]
+
+
+def _forward_zero_image(model: nn.Module, img_size: tuple[int, int]) -> None:
+    """One eval forward without gradients, which a hook may end with :class:`_Stop`."""
     training = [module for module in model.modules() if module.training]
     conv = first_conv(model)
     image = torch.zeros(
@@ -107,21 +144,5 @@ def trace(
     except _Stop:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
         for module in training:
             module.training = True
-    return steps
-
-
-def map_shape(model: nn.Module, path: str, img_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of the output of module ``path``.
-
-    Raises:
-        ValueError: the module does not run, or does not return a (B, C, H, W) tensor.
-    """
-    steps = trace(model, img_size, until=lambda steps: steps[-1].path == path)
-    for step in steps:
-        if step.path == path and step.shape is not None:
-            return step.shape
-    raise UserError(f"a regularizer needs a (B, C, H, W) map; module {path!r} does not return one")

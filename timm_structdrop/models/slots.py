@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def stem_slot(model: nn.Module, img_size: tuple[int, int]) -> Slot:
         return steps[-1].leaf and len(_runs(steps)) > 1
 
     runs = _runs(trace(model, img_size, until=stem_is_over))
-    return Slot(_end(runs[0]), "stem", 0)
+    return Slot(_end(runs[0], {}), "stem", 0)
 
 
 def find_slots(model: nn.Module, img_size: tuple[int, int]) -> list[Slot]:
@@ -90,8 +91,9 @@ def find_slots(model: nn.Module, img_size: tuple[int, int]) -> list[Slot]:
     """
     stages = stage_modules(model)
     steps = trace(model, img_size)
+    calls = Counter(step.path for step in steps)
     maps = {step.path for step in steps if step.shape is not None}
-    slots = [Slot(_end(_runs(steps)[0]), "stem", 0)]
+    slots = [Slot(_end(_runs(steps)[0], calls), "stem", 0)]
     slots += list(_residual_slots(model, stages)) or list(_traced_slots(steps, stages))
     slots += [Slot(path, "stage", n) for n, path in stages.items() if path in maps]
     return slots
@@ -146,13 +148,14 @@ def _residual_slots(model: nn.Module, stages: dict[int, str]) -> Iterator[Slot]:
 
 def _traced_slots(steps: list[Step], stages: dict[int, str]) -> Iterator[Slot]:
     """``conv`` slots of a network of unknown structure, from the order in which its modules ran."""
+    calls = Counter(step.path for step in steps)
     finished = {step.path: index for index, step in enumerate(steps)}
     ends = sorted((finished[path], number) for number, path in stages.items() if path in finished)
     for run in _runs(steps)[1:]:
         position = finished[run[-1].path]
         number = next((number for end, number in ends if end >= position), None)
         if number is not None and run[0].shape is not None and run[0].shape[1:] != (1, 1):
-            yield Slot(_end(run), "conv", number)
+            yield Slot(_end(run, calls), "conv", number)
 
 
 def _runs(steps: list[Step]) -> list[list[Step]]:
@@ -170,10 +173,12 @@ def _runs(steps: list[Step]) -> list[list[Step]]:
     return runs
 
 
-def _end(run: list[Step]) -> str:
-    """The module after which a run is over; the activation inside it for timm's norm-act layers,
+def _end(run: list[Step], calls: Mapping[str, int]) -> str:
+    """The module after which a run is over, of those that the forward pass calls once (an
+    activation may serve several places); the activation inside it for timm's norm-act layers,
     because conversion to SyncBatchNorm keeps that and not what hangs on the norm itself."""
-    last = [step for step in run if type(step.module) is not nn.Identity][-1]
+    acting = [step for step in run if type(step.module) is not nn.Identity]
+    last = ([step for step in acting if calls.get(step.path, 1) == 1] or acting)[-1]
     has_act = isinstance(last.module, NORMS) and isinstance(
         getattr(last.module, "act", None), nn.Module
     )

@@ -109,7 +109,8 @@ def structdrop_attached(
 
     if kwargs.get("features_only"):
         kwargs.setdefault("feature_cls", "getter")
-        kwargs.setdefault("out_indices", tuple(range(len(construct().feature_info))))
+        n_features = len(list(construct().feature_info))  # type: ignore[arg-type]
+        kwargs.setdefault("out_indices", tuple(range(n_features)))
     model = build_model_with_cfg(
         construct,
         NAME,
