@@ -1,0 +1,71 @@
+"""Forked activations: one batch that goes through two sub models of one network at once."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fork", "ForkAware", "halves"]
+
+
+class ForkAware(nn.Module):
+    """A module that behaves otherwise while the activations of its model are forked.
+
+    A training task sets ``forked`` around a forward of its own model and takes it back behind it.
+    Gradient checkpointing runs parts of that forward again during the backward pass, when the flag
+    is gone; such a run repeats what the last forward did.
+    """
+
+    forked: bool = False
+    _ran_forked: bool = False
+
+    def is_forked(self) -> bool:
+        """Whether the forward that is running, or being recomputed, is a forked one."""
+        if torch.compiler.is_compiling():
+            return self.forked
+        # what torch.utils.checkpoint asks to tell a recomputation from a forward
+        if torch._C._current_graph_task_id() == -1:
+            self._ran_forked = self.forked
+        return self._ran_forked
+
+
+class Fork(ForkAware):
+    """Where a batch is forked: (B, ...) to (2B, ...), the batch twice, sub model by sub model.
+
+    It forks in training and only while a task asks for it (:class:`ForkAware`); otherwise it is the
+    identity. It has neither parameters nor buffers. Trained without such a task it warns, once:
+    the R-Block layers behind it then act as single sub models.
+    """
+
+    _warned: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if self.is_forked():
+            return torch.cat((x, x))
+        if not (self._warned or torch.compiler.is_compiling()):
+            self._warned = True
+            warnings.warn(
+                "an R-Block model is trained without its task: the batch is not forked, and each "
+                "sample goes through one random sub model in every layer; train it with "
+                "timm_structdrop.training.RBlockTask",
+                stacklevel=2,
+            )
+        return x
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two sub models' halves of a forked batch, (2B, ...) to twice (B, ...).
+
+    Raises:
+        ValueError: the batch is odd.
+    """
+    if len(x) % 2:
+        raise ValueError(
+            f"a forked batch holds two sub models' samples, an even number; got {len(x)}"
+        )
+    first, second = x.chunk(2)
+    return first, second
