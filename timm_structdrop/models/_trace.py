@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import StructDropLayer
+from timm_structdrop.layers import Fork, StructDropLayer
 
 __all__ = ["NORMS", "Step", "first_conv", "map_shape", "trace"]
 
@@ -26,7 +26,7 @@ class Step:
         path: the module's name in the model.
         module: the module.
         shape: (C, H, W) of its output, None where the output is not a (B, C, H, W) tensor.
-        leaf: it is not looked into: it has no children but regularizers, or is a normalisation
+        leaf: it is not looked into: it has no children but ours, or is a normalisation
             (timm's carry their activation as a child).
         chained: its input is the output of the leaf before, unchanged (no addition in between).
     """
@@ -89,9 +89,9 @@ def trace(
     modules = dict(model.named_modules())
     for path, module in modules.items():
         inside = isinstance(modules.get(path.rpartition(".")[0]), NORMS)
-        if path and not inside and not isinstance(module, StructDropLayer):
+        if path and not inside and not isinstance(module, StructDropLayer | Fork):
             leaf = isinstance(module, NORMS) or all(
-                isinstance(child, StructDropLayer) for child in module.children()
+                isinstance(child, StructDropLayer | Fork) for child in module.children()
             )
             handles.append(module.register_forward_pre_hook(partial(enter, path)))
             handles.append(module.register_forward_hook(partial(watch, path, leaf)))

@@ -11,8 +11,14 @@ from timm.layers import DropPath
 from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
-from timm_structdrop.layers import StructDropLayer, regularizers
+from timm_structdrop.layers import RBlock2d, StructDropLayer, regularizers
 from timm_structdrop.models._trace import map_shape
+from timm_structdrop.models.forking import (
+    head_slot,
+    insert_fork,
+    is_on_head,
+    refuse_second_fork,
+)
 from timm_structdrop.models.slots import KINDS, Slot, find_slots, insert, stage_modules, stem_slot
 
 __all__ = [
@@ -60,6 +66,12 @@ PLACEMENTS: dict[str, Placement] = {
     "spatialdropout": Placement(
         ("conv", "last_conv"), 1, "after the convolutions of the last group"
     ),
+    "rblock": Placement(
+        ("conv", "last_conv", "skip"),
+        2,
+        "after every convolution and on the skips of the last two groups, at whose entrance the "
+        "batch forks (before the classifier for sub_models r-drop and c-drop)",
+    ),
     "stochasticdepth": Placement(
         ("last_conv",), 0, "on every residual branch, one rate for all of them"
     ),
@@ -105,7 +117,19 @@ def place(
     layer = _layer_class(name)
     check_settings(layer, settings)
     size = _image_size(model, img_size)
-    slots = _choose(model, name, stages, where, size) if modules is None else _named(model, modules)
+    if issubclass(layer, RBlock2d):
+        refuse_second_fork(model)
+    if name == "rblock" and is_on_head(settings):
+        if not stages is where is modules is None:
+            raise UserError(
+                f"sub_models {settings['sub_models']!r} acts before the classifier: stages, where "
+                f"and modules must be left out; got {stages or where or modules}"
+            )
+        slots = [head_slot(model)]
+    elif modules is None:
+        slots = _choose(model, name, stages, where, size)
+    else:
+        slots = _named(model, modules)
     early = dict(PLACEMENTS[name].early) if name in PLACEMENTS and modules is None else {}
     deepest = max(stage_modules(model)) if early else 0
     rate = {} if drop_prob is None else {"drop_prob": drop_prob}
@@ -120,6 +144,8 @@ def place(
     for slot, module in built:
         module.train(model.training)
         insert(model, slot, module)
+    if issubclass(layer, RBlock2d):
+        insert_fork(model, slots, size)
     return model
 
 

@@ -1,0 +1,164 @@
+"""Where the batch of an R-Block model forks: as late as branch and skip still agree on its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from timm_structdrop.errors import UserError
+from timm_structdrop.layers import HEAD_SUB_MODELS, Fork, RBlock2d
+from timm_structdrop.models._trace import first_conv
+from timm_structdrop.models.slots import Slot, stage_modules
+
+__all__ = ["head_slot", "insert_fork", "is_on_head", "refuse_second_fork"]
+
+
+def is_on_head(settings: dict[str, Any]) -> bool:
+    """Whether R-Block with these settings acts on the features before the classifier."""
+    return settings.get("sub_models") in HEAD_SUB_MODELS
+
+
+def head_slot(model: nn.Module) -> Slot:
+    """The place before the model's classifier, by timm's ``get_classifier``.
+
+    Raises:
+        UserError: the model does not say what its classifier is.
+    """
+    get = getattr(model, "get_classifier", None)
+    classifier = get() if callable(get) else None
+    for path, module in model.named_modules():
+        if path and module is classifier:
+            return Slot(path, "head", 0)
+    raise UserError(
+        f"{' and '.join(HEAD_SUB_MODELS)} act before one classifier, which timm's models name by "
+        f"get_classifier; {type(model).__name__} has none"
+    )
+
+
+def refuse_second_fork(model: nn.Module) -> None:
+    """Raise UserError if the model has a fork."""
+    if any(isinstance(module, Fork) for module in model.modules()):
+        raise UserError(
+            "a model is forked once: name all stages or modules of rblock in one call; "
+            f"{type(model).__name__} is forked already"
+        )
+
+
+def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, int]) -> None:
+    """Fork the batch in front of the R-Block layers, in a :class:`~timm_structdrop.layers.Fork`.
+
+    In residual networks with stages ``layer1``, ``layer2``, ... it is the entrance of the first
+    regularized stage. Elsewhere it is the innermost place around the first layer, the layer itself
+    first, from which a doubled batch reaches all layers and the output, found by running the
+    network in eval mode. Keys of the state_dict stay as they are.
+
+    Args:
+        model: the model with its R-Block layers in place.
+        slots: where they are.
+        img_size: (H, W) for that forward pass.
+
+    Raises:
+        UserError: there is no such place.
+    """
+    entrance = _stage_entrance(model, slots)
+    for path in [entrance] if entrance is not None else _around_first_layer(model, img_size):
+        if path == entrance or _doubles_everything(model, path, img_size):
+            module = model.get_submodule(path)
+            module.add_module("fork", Fork().train(model.training))
+            module.register_forward_pre_hook(_call_fork)
+            return
+    raise UserError(
+        "rblock needs a place from which a doubled batch reaches all its layers and the output; "
+        f"{type(model).__name__} has none before {slots[0].path}: choose other stages or modules"
+    )
+
+
+def _call_fork(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.get_submodule("fork")(args[0]), *args[1:])
+
+
+def _stage_entrance(model: nn.Module, slots: Sequence[Slot]) -> str | None:
+    """The first block of the first stage, if it is one of timm's residual blocks."""
+    first = min(slot.stage for slot in slots)
+    if first < 1 or any(slot.kind == "stage" for slot in slots):
+        return None
+    path = _first_called(model, stage_modules(model)[first])
+    return path if isinstance(model.get_submodule(path), BasicBlock | Bottleneck) else None
+
+
+def _around_first_layer(model: nn.Module, img_size: tuple[int, int]) -> list[str]:
+    """The first R-Block layer to run and the modules around it, innermost first."""
+    ran: list[str] = []
+
+    def note(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        ran.append(path)
+
+    handles = [
+        module.register_forward_pre_hook(partial(note, path))
+        for path, module in model.named_modules()
+        if isinstance(module, RBlock2d)
+    ]
+    try:
+        _forward_zeros(model, img_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        return []
+    names = ran[0].split(".")
+    around = (_first_called(model, ".".join(names[:n])) for n in range(len(names), 0, -1))
+    return list(dict.fromkeys(around))
+
+
+def _first_called(model: nn.Module, path: str) -> str:
+    """``path``, or the first module inside of it that is no ``nn.Sequential``: whoever checkpoints
+    or takes features runs the children of those one by one, without the hooks of the chain."""
+    module = model.get_submodule(path)
+    while type(module) is nn.Sequential and len(module):
+        name, module = next(iter(module.named_children()))
+        path = f"{path}.{name}"
+    return path
+
+
+def _doubles_everything(model: nn.Module, path: str, img_size: tuple[int, int]) -> bool:
+    """Whether a batch doubled in front of ``path`` is double in every R-Block layer and the end."""
+    batches: list[int] = []
+
+    def double(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (torch.cat((args[0], args[0])), *args[1:])
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        batches.append(len(args[0]))
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(double)]
+    layers = [module for module in model.modules() if isinstance(module, RBlock2d)]
+    handles += [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        output = _forward_zeros(model, img_size)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False  # the halves of the network no longer fit together
+    finally:
+        for handle in handles:
+            handle.remove()
+    return isinstance(output, Tensor) and {*batches, len(output)} == {4}
+
+
+def _forward_zeros(model: nn.Module, img_size: tuple[int, int]) -> Any:
+    """One eval forward without gradients of two zero images (one would broadcast anywhere)."""
+    training = [module for module in model.modules() if module.training]
+    conv = first_conv(model)
+    images = torch.zeros(
+        2, conv.in_channels, *img_size, device=conv.weight.device, dtype=conv.weight.dtype
+    )
+    try:
+        model.eval()
+        with torch.no_grad():
+            return model(images)
+    finally:
+        for module in training:
+            module.training = True
