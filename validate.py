@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""Evaluate one model or many: flags, then objects, then loss, top-1 and top-5.
+
+    python validate.py --recipe digits-quickstart --checkpoint output/train/<run>
+    python validate.py --model "resnet18*" --data-dir /data/imagenet --results-file results.csv
+
+The flags are timm's, and `--help` lists them with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.layers import set_fast_norm
+from timm.models import is_model_pretrained
+from timm.utils import random_seed
+from torch import nn
+
+from timm_structdrop.data import class_names
+from timm_structdrop.errors import UserError, is_users, nearest, one_line, run_command
+from timm_structdrop.evaluation import accuracy_row, evaluate, write_results
+from timm_structdrop.models.weights import Checkpoint, load_weights
+from timm_structdrop.recipes import train_parser
+from timm_structdrop.recipes.build import build_model
+from timm_structdrop.recipes.build_data import validation_batches
+from timm_structdrop.recipes.validate_flags import parse_validate_flags
+from timm_structdrop.training import Progress
+
+_logger = logging.getLogger("timm_structdrop.validate")
+
+# Pretrained weights of timm whose classes are not those of ImageNet-1k, as in timm's validate.py.
+NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags, checkpoint, decided = parse_validate_flags(argv)
+    start_logging(flags, checkpoint, decided)
+    check_flags(flags)
+    device = start_device(flags)
+    names = None if checkpoint else matching_models(flags.model)
+    if names is None:
+        result: Any = validate(flags, checkpoint, device)
+    else:
+        result = validate_all(flags, names, device)
+    save(flags, result)
+    print(f"--result\n{json.dumps(result, indent=4)}")
+
+
+def start_logging(
+    flags: argparse.Namespace, checkpoint: Checkpoint | None, decided: Mapping[str, Any]
+) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("timm_structdrop").setLevel(logging.INFO)
+    if checkpoint is not None:
+        kind = "averaged weights" if checkpoint.is_ema else "weights"
+        _logger.info(f"Reading {kind} from {checkpoint.path}")
+    if decided:
+        settings = ", ".join(f"{key}={value}" for key, value in decided.items())
+        _logger.info(f"From the settings of its training: {settings}")
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """What would otherwise fail after the work is done, or in the middle of it."""
+    if flags.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1; got {flags.batch_size}")
+    if flags.amp and flags.model_dtype not in (None, "float32"):
+        raise UserError(f"--amp needs --model-dtype float32; got {flags.model_dtype}")
+    if flags.interpolation and flags.interpolation not in INTERPOLATIONS:
+        hint = nearest(flags.interpolation, INTERPOLATIONS)
+        raise UserError(f"unknown interpolation {flags.interpolation!r}{hint}")
+    if flags.torchcompile:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if flags.torchcompile not in backends:
+            hint = nearest(flags.torchcompile, backends)
+            raise UserError(f"unknown torch.compile backend {flags.torchcompile!r}{hint}")
+    if flags.results_file:
+        path = Path(flags.results_file)
+        if path.is_dir():
+            raise UserError(f"--results-file must be a file; got the folder {path}")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"--results-file must be in a writable folder; got {path}")
+
+
+def start_device(flags: argparse.Namespace) -> torch.device:
+    name = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            seen = torch.cuda.device_count()
+            raise UserError(f"--device must be available; got {name!r}, and torch sees {seen} GPUs")
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if flags.fast_norm:
+        set_fast_norm()
+    return device
+
+
+def matching_models(name: str) -> list[str] | None:
+    """The pretrained models behind `all`, a wildcard or a file of names; None for a single one."""
+    if name == "all":
+        return timm.list_models(pretrained=True, exclude_filters=NOT_IMAGENET_1K)
+    if Path(name).is_file():
+        names = [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+    elif any(wildcard in name for wildcard in "*?["):
+        names = timm.list_models(name, pretrained=True)
+    else:
+        return None
+    if not names:
+        raise UserError(f"--model must match pretrained models or list them; {name} names none")
+    return names
+
+
+def validate_all(
+    flags: argparse.Namespace, names: Sequence[str], device: torch.device
+) -> list[dict[str, Any]]:
+    """Results of the models, best first; one that fails is named and left out."""
+    results: list[dict[str, Any]] = []
+    for index, name in enumerate(names):
+        _logger.info(f"Model {index + 1} of {len(names)}: {name}")
+        one = argparse.Namespace(**{**vars(flags), "model": name})
+        try:
+            results.append(validate(one, None, device))
+        except Exception as error:
+            if not (is_users(error) or isinstance(error, torch.OutOfMemoryError)):
+                raise
+            _logger.error(f"{name} is left out: {one_line(error)}")
+            continue
+        results.sort(key=lambda result: result["top1"], reverse=True)
+        save(flags, results)
+    if not results:
+        raise UserError(f"none of the {len(names)} models can be evaluated; the reasons are above")
+    return results
+
+
+def validate(
+    flags: argparse.Namespace, checkpoint: Checkpoint | None, device: torch.device
+) -> dict[str, Any]:
+    """Build one model, evaluate it and return its row of results."""
+    random_seed(flags.seed)
+    model = make_model(flags, checkpoint)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    data = data_config(flags, model, checkpoint)
+    loader = validation_batches(with_training_defaults(flags), data, device)
+    check_classes(model, loader)
+    _logger.info(f"{flags.model}: {n_parameters:,} parameters on {device}, {len(loader)} batches")
+    figures = evaluate(
+        place_model(flags, model, device),
+        loader,
+        device=device,
+        amp_autocast=autocast(flags, device),
+        channels_last=flags.channels_last,
+        model_dtype=getattr(torch, flags.model_dtype) if flags.model_dtype else None,
+        progress=Progress("Validate", len(loader), flags.log_freq),
+    )
+    path = checkpoint.path if checkpoint else None
+    result = accuracy_row(flags.model, figures, n_parameters, data, path)
+    _logger.info(
+        " * Acc@1 {top1:.3f} ({top1_err:.3f}) Acc@5 {top5:.3f} ({top5_err:.3f}) "
+        "Loss {loss:.4f}".format(**result)
+    )
+    return result
+
+
+def make_model(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
+    """The model with the checkpoint's weights, or without a checkpoint its pretrained ones."""
+    name = flags.model
+    if checkpoint is None and timm.is_model(name) and not is_model_pretrained(name):
+        raise UserError(f"a model must have pretrained weights or --checkpoint; {name} has none")
+    settings = with_training_defaults(flags)
+    settings.pretrained = checkpoint is None
+    model = build_model(settings)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, name)
+    return model
+
+
+def with_training_defaults(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags with those only train.py has, whose defaults change nothing at evaluation."""
+    return argparse.Namespace(**{**vars(train_parser().parse_flags([])), **vars(flags)})
+
+
+def data_config(
+    flags: argparse.Namespace, model: nn.Module, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """Size, crop and normalisation: timm's test settings, for a training's checkpoint its own."""
+    for name in ("mean", "std"):
+        values = getattr(flags, name)
+        channels = flags.input_size[0] if flags.input_size else flags.in_chans or 3
+        if values is not None and len(values) not in (1, channels):
+            raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
+    trained_here = checkpoint is not None and bool(checkpoint.args)
+    use_test_size = not (flags.use_train_size or trained_here)
+    return resolve_data_config(vars(flags), model=model, use_test_size=use_test_size)
+
+
+def check_classes(model: Any, loader: Any) -> None:
+    classes = class_names(loader.dataset)
+    if classes is not None and len(classes) > model.num_classes:
+        raise UserError(
+            f"the model must have an output for each of the {len(classes)} classes of the data; "
+            f"it has {model.num_classes}"
+        )
+
+
+def place_model(flags: argparse.Namespace, model: nn.Module, device: torch.device) -> Any:
+    dtype = getattr(torch, flags.model_dtype) if flags.model_dtype else None
+    model = model.to(device=device, dtype=dtype)
+    if flags.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if not flags.torchcompile:
+        return model
+    try:
+        return torch.compile(model, backend=flags.torchcompile, mode=flags.torchcompile_mode)
+    except RuntimeError as error:
+        raise UserError(f"torch.compile does not take these flags: {error}") from error
+
+
+def autocast(flags: argparse.Namespace, device: torch.device) -> Any:
+    if not flags.amp:
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=getattr(torch, flags.amp_dtype))
+
+
+def save(flags: argparse.Namespace, results: Any) -> None:
+    if flags.results_file:
+        write_results(Path(flags.results_file), results, flags.results_format)
+
+
+if __name__ == "__main__":
+    run_command(main)
