@@ -70,10 +70,15 @@ class StructDropTask(ClassificationTask):
         cannot hold a fit.
         """
         if self.refits is None or not self.refits.pending:
-            return super().forward(input, target)
+            return self.step(input, target)
         with self._eager():
-            result = super().forward(input, target)
+            result = self.step(input, target)
         self.refits.done()
+        return result
+
+    def step(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The forward and the loss, for subclasses to change; the result is :meth:`forward`'s."""
+        result: dict[str, Tensor] = super().forward(input, target)
         return result
 
     def compile(self, *args: Any, **settings: Any) -> nn.Module:
