@@ -1,15 +1,17 @@
 """Training: drop schedules, cluster refits, tasks on timm.task, checkpoints and the loop."""
 
 from timm_structdrop.training.checkpoint import Position, RunSaver, RunState, find_resume, resume
+from timm_structdrop.training.choice import make_task
 from timm_structdrop.training.epoch import Loop, LoopSettings, learning_rate, train_one_epoch
 from timm_structdrop.training.files import SummaryFile, write_whole
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.loop import fit
 from timm_structdrop.training.progress import Progress
+from timm_structdrop.training.rblock import RBlockTask
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.schedule import DropSchedule, live_drop_prob, schedule_shapes
 from timm_structdrop.training.seeding import derive_seed, seed_everything, set_loader_epoch
-from timm_structdrop.training.task import StructDropTask, make_task
+from timm_structdrop.training.task import StructDropTask
 
 __all__ = [
     "ClusterRefits",
@@ -18,6 +20,7 @@ __all__ = [
     "LoopSettings",
     "Position",
     "Progress",
+    "RBlockTask",
     "RunSaver",
     "RunState",
     "StructDropTask",

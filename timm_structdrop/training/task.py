@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.schedule import DropSchedule
 
-__all__ = ["StructDropTask", "make_task"]
+__all__ = ["StructDropTask"]
 
 
 class StructDropTask(ClassificationTask):
@@ -88,12 +88,3 @@ class StructDropTask(ClassificationTask):
 
     def _eager(self) -> AbstractContextManager[Any]:
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
-
-
-def make_task(
-    model: nn.Module,
-    criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
-    **settings: Any,
-) -> StructDropTask:
-    """The task that suits the regularizers in ``model``; keywords as for `StructDropTask`."""
-    return StructDropTask(model, criterion, **settings)
