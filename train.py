@@ -214,7 +214,7 @@ def prepare_output(
 
 def announce(loop: Loop, folder: Path, start: Position) -> None:
     run, settings = loop.run, loop.settings
-    parameters = sum(parameter.numel() for parameter in run.task.parameters())
+    parameters = sum(parameter.numel() for parameter in run.task.trainable_module.parameters())
     rate = max(group.get("initial_lr", group["lr"]) for group in run.optimizer.param_groups)
     _logger.info(
         f"{run.arch}: {parameters:,} parameters on {loop.device}; {settings.epochs} epochs of "

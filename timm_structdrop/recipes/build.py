@@ -118,8 +118,6 @@ def build_scheduler(
     Raises:
         UserError: the schedule does not take its settings.
     """
-    if flags.epochs < 1:
-        raise UserError(f"--epochs must be at least 1; got {flags.epochs}")
     settings = scheduler_kwargs(flags, decreasing_metric=flags.eval_metric == "loss")
     try:
         return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from timm_structdrop.data import SeededDataset, class_names, create_dataset
 from timm_structdrop.errors import UserError
+from timm_structdrop.evaluation import evaluate
 from timm_structdrop.training import Progress
 
 __all__ = ["evaluation", "training_batches", "validation_batches"]
@@ -81,23 +83,22 @@ def evaluation(
     if not flags.val_split:
         return None
     loader = validation_batches(flags, data, device, world_size)
-    dtype = getattr(torch, flags.amp_dtype) if flags.amp else None
+    autocast: Callable[[], Any] = nullcontext
+    if flags.amp:
+        autocast = partial(torch.autocast, device.type, dtype=getattr(torch, flags.amp_dtype))
 
-    def evaluate(model: nn.Module, title: str) -> dict[str, float]:
-        evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
-        progress = Progress(title, len(loader), flags.log_interval, enabled=rank == 0)
-        model.eval()
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            for images, target in loader:
-                images = images.to(device)
-                if flags.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                evaluator.update(model(images), target.to(device))
-                progress.update(len(target) * world_size, evaluator.summary())
-        progress.close()
-        return dict(evaluator.compute(distributed=world_size > 1))
+    def figures(model: nn.Module, title: str) -> dict[str, float]:
+        found = evaluate(
+            model,
+            loader,
+            device=device,
+            amp_autocast=autocast,
+            channels_last=flags.channels_last,
+            progress=Progress(title, len(loader), flags.log_interval, enabled=rank == 0),
+        )
+        return {name: found[name] for name in ("loss", "top1", "top5")}
 
-    return evaluate
+    return figures
 
 
 def validation_batches(
@@ -110,6 +111,7 @@ def validation_batches(
         is_training=False,
         interpolation=data["interpolation"],
         crop_pct=data["crop_pct"],
+        crop_mode=data["crop_mode"],
         **_loading(flags, data, device, world_size),
     )
 

@@ -15,7 +15,7 @@ import argparse
 
 from timm.utils import ParseKwargs
 
-from timm_structdrop.recipes.parser import FlagParser
+from timm_structdrop.recipes.parser import FlagParser, at_least, fraction
 from timm_structdrop.training import schedule_shapes
 
 __all__ = [
@@ -49,9 +49,21 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--input-img-mode", metavar="MODE", help="PIL mode of the images: RGB, L")
     add("--input-key", metavar="KEY", help="key of the image in the data set's records")
     add("--target-key", metavar="KEY", help="key of the label in the data set's records")
-    add("--val-num-samples", type=int, metavar="N", help="samples of an iterable evaluated split")
+    add(
+        "--val-num-samples",
+        type=at_least(0),
+        metavar="N",
+        help="samples of an iterable evaluated split",
+    )
     add("--dataset-trust-remote-code", action=SWITCH, default=False, help="for hfds/ data sets")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that read images")
+    add(
+        "-j",
+        "--workers",
+        type=at_least(0),
+        default=4,
+        metavar="N",
+        help="processes that read images",
+    )
     add("--pin-mem", action=SWITCH, default=False, help="pin memory for the way to the GPU")
     add("--no-prefetcher", action="store_true", help="normalise on the CPU, without prefetching")
 
@@ -61,12 +73,22 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Model").add_argument
     add("--model", default="resnet50", metavar="NAME", help="any model of timm or of this package")
     add("--pretrained", action=SWITCH, default=False, help="start from the pretrained weights")
-    add("--num-classes", type=int, metavar="N", help="labels; the model's default if not given")
+    add(
+        "--num-classes",
+        type=at_least(1),
+        metavar="N",
+        help="labels; the model's default if not given",
+    )
     add("--gp", metavar="POOL", help="global pool: fast, avg, max, avgmax or catavgmax")
-    add("--img-size", type=int, metavar="N", help="image size; the model's default if not given")
-    add("--in-chans", type=int, metavar="N", help="image channels; 3 if not given")
+    add(
+        "--img-size",
+        type=at_least(1),
+        metavar="N",
+        help="image size; the model's default if not given",
+    )
+    add("--in-chans", type=at_least(1), metavar="N", help="image channels; 3 if not given")
     add("--input-size", nargs=3, type=int, metavar="N", help="channels, height and width")
-    add("--crop-pct", type=float, metavar="PCT", help="central crop at evaluation")
+    add("--crop-pct", type=fraction, metavar="PCT", help="central crop at evaluation")
     add("--mean", type=float, nargs="+", metavar="MEAN", help="pixel mean, in [0, 1]")
     add("--std", type=float, nargs="+", metavar="STD", help="pixel standard deviation")
     add("--interpolation", default="", metavar="NAME", help="resizing at evaluation")
@@ -116,11 +138,27 @@ def train_parser() -> FlagParser:
 def _add_training_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Training data").add_argument
     add(
-        "-b", "--batch-size", type=int, default=128, metavar="N", help="images per process and step"
+        "-b",
+        "--batch-size",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="images per process and step",
     )
-    add("-vb", "--validation-batch-size", type=int, metavar="N", help="the same as -b if not given")
+    add(
+        "-vb",
+        "--validation-batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="the same as -b if not given",
+    )
     add("--train-split", default="train", metavar="NAME", help="split to train on")
-    add("--train-num-samples", type=int, metavar="N", help="samples of an iterable training split")
+    add(
+        "--train-num-samples",
+        type=at_least(0),
+        metavar="N",
+        help="samples of an iterable training split",
+    )
     add("--epoch-repeats", type=float, default=0.0, metavar="N", help="repeats of iterable data")
 
 
@@ -136,15 +174,15 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
         "checkpoint in it",
     )
     add("--no-resume-opt", action="store_true", help="take only the weights from --resume")
-    add("--start-epoch", type=int, metavar="N", help="first epoch, whatever --resume says")
+    add("--start-epoch", type=at_least(0), metavar="N", help="first epoch, whatever --resume says")
     add("--head-init-scale", type=float, metavar="X", help="scale of the classifier's start")
     add("--head-init-bias", type=float, metavar="X", help="start of the classifier's bias")
 
 
 def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Structured dropout and other drop rates").add_argument
-    add("--drop", type=float, default=0.0, metavar="P", help="dropout before the classifier")
-    add("--drop-path", type=float, metavar="P", help="stochastic depth, timm's linear rule")
+    add("--drop", type=fraction, default=0.0, metavar="P", help="dropout before the classifier")
+    add("--drop-path", type=fraction, metavar="P", help="stochastic depth, timm's linear rule")
     add("--drop-block", type=float, metavar="P", help="rate of the structured layers")
     add(
         "--drop-schedule",
@@ -154,13 +192,21 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--drop-schedule-start",
-        type=float,
+        type=at_least(0.0),
         default=0.0,
         metavar="EPOCH",
         help="epoch at which the drop schedule begins",
     )
-    add("--cluster-start", type=int, default=50, metavar="EPOCH", help="DropCluster's first fit")
-    add("--cluster-every", type=int, default=50, metavar="N", help="epochs between its fits")
+    add(
+        "--cluster-start",
+        type=at_least(0),
+        default=50,
+        metavar="EPOCH",
+        help="DropCluster's first fit",
+    )
+    add(
+        "--cluster-every", type=at_least(1), default=50, metavar="N", help="epochs between its fits"
+    )
 
 
 def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
@@ -168,32 +214,44 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--opt", default="sgd", metavar="NAME", help="any optimizer of timm")
     add("--opt-eps", type=float, metavar="EPS", help="the optimizer's default if not given")
     add("--opt-betas", type=float, nargs="+", metavar="BETA", help="the optimizer's default")
-    add("--momentum", type=float, default=0.9, metavar="M", help="momentum")
-    add("--weight-decay", type=float, default=2e-5, metavar="W", help="weight decay")
-    add("--clip-grad", type=float, metavar="NORM", help="clip gradients; not if not given")
+    add("--momentum", type=at_least(0.0), default=0.9, metavar="M", help="momentum")
+    add("--weight-decay", type=at_least(0.0), default=2e-5, metavar="W", help="weight decay")
+    add("--clip-grad", type=at_least(0.0), metavar="NORM", help="clip gradients; not if not given")
     add("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="how to clip")
     add("--layer-decay", type=float, metavar="D", help="learning rate decay from layer to layer")
     add("--layer-decay-min-scale", type=float, default=0.0, metavar="S", help="its lower bound")
     add("--layer-decay-no-opt-scale", type=float, metavar="S", help="freeze layers below it")
     add("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, help="key=value ...")
-    add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches per update")
+    add("--grad-accum-steps", type=at_least(1), default=1, metavar="N", help="batches per update")
     add("--grad-checkpointing", action=SWITCH, default=False, help="recompute, to save memory")
     add("--bn-momentum", type=float, metavar="M", help="momentum of batch norms that take it")
     add("--bn-eps", type=float, metavar="EPS", help="epsilon of batch norms that take it")
     add("--model-ema", action=SWITCH, default=False, help="keep and evaluate averaged weights")
     add("--model-ema-force-cpu", action=SWITCH, default=False, help="keep them on the CPU")
-    add("--model-ema-decay", type=float, default=0.9998, metavar="D", help="their decay")
+    add("--model-ema-decay", type=fraction, default=0.9998, metavar="D", help="their decay")
     add("--model-ema-warmup", action=SWITCH, default=False, help="begin with a smaller decay")
 
 
 def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Learning rate").add_argument
-    add("--epochs", type=int, default=300, metavar="N", help="epochs to train")
+    add("--epochs", type=at_least(1), default=300, metavar="N", help="epochs to train")
     add("--sched", default="cosine", choices=(*SCHEDULERS, "none"), help="learning rate schedule")
     add("--sched-on-updates", action=SWITCH, default=False, help="step per update, not per epoch")
-    add("--lr", type=float, metavar="LR", help="learning rate; from --lr-base if not given")
-    add("--lr-base", type=float, default=0.1, metavar="LR", help="rate at --lr-base-size images")
-    add("--lr-base-size", type=int, default=256, metavar="N", help="images per update it is for")
+    add("--lr", type=at_least(0.0), metavar="LR", help="learning rate; from --lr-base if not given")
+    add(
+        "--lr-base",
+        type=at_least(0.0),
+        default=0.1,
+        metavar="LR",
+        help="rate at --lr-base-size images",
+    )
+    add(
+        "--lr-base-size",
+        type=at_least(1),
+        default=256,
+        metavar="N",
+        help="images per update it is for",
+    )
     add(
         "--lr-base-scale", default="", choices=("", "linear", "sqrt"), help="by the optimizer if ''"
     )
@@ -202,10 +260,12 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="deviation of the noise")
     add("--lr-cycle-mul", type=float, default=1.0, metavar="X", help="growth of the cycles")
     add("--lr-cycle-decay", type=float, default=0.5, metavar="X", help="decay of the cycles")
-    add("--lr-cycle-limit", type=int, default=1, metavar="N", help="number of cycles")
+    add("--lr-cycle-limit", type=at_least(1), default=1, metavar="N", help="number of cycles")
     add("--lr-k-decay", type=float, default=1.0, metavar="K", help="k-decay of cosine and poly")
-    add("--warmup-lr", type=float, default=1e-5, metavar="LR", help="rate at the very start")
-    add("--min-lr", type=float, default=0.0, metavar="LR", help="lower bound of the rate")
+    add(
+        "--warmup-lr", type=at_least(0.0), default=1e-5, metavar="LR", help="rate at the very start"
+    )
+    add("--min-lr", type=at_least(0.0), default=0.0, metavar="LR", help="lower bound of the rate")
     add(
         "--decay-milestones",
         type=int,
@@ -215,11 +275,24 @@ def _add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
         help="epochs at which multistep decays",
     )
     add("--decay-epochs", type=float, default=90, metavar="N", help="epochs between step's decays")
-    add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of warm-up")
+    add("--warmup-epochs", type=at_least(0), default=5, metavar="N", help="epochs of warm-up")
     add("--warmup-prefix", action=SWITCH, default=False, help="warm-up comes before --epochs")
-    add("--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr at the end")
+    add(
+        "--cooldown-epochs",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="epochs at --min-lr at the end",
+    )
     add("--patience-epochs", type=int, default=10, metavar="N", help="patience of plateau")
-    add("--decay-rate", "--dr", type=float, default=0.1, metavar="X", help="factor of each decay")
+    add(
+        "--decay-rate",
+        "--dr",
+        type=at_least(0.0),
+        default=0.1,
+        metavar="X",
+        help="factor of each decay",
+    )
 
 
 def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
@@ -230,49 +303,69 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="R", help="crop's aspect")
     add(
         "--crop-padding",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="random crop after padding by N pixels, instead of the random resized crop",
     )
     add(
         "--shift",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="random shift by up to N pixels of the original image, instead of it",
     )
-    add("--rotation", type=float, default=0.0, metavar="DEG", help="random rotation by up to DEG")
-    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
-    add("--vflip", type=float, default=0.0, metavar="P", help="probability of a vertical flip")
-    add("--color-jitter", type=float, default=0.4, metavar="X", help="strength of colour jitter")
-    add("--color-jitter-prob", type=float, metavar="P", help="probability of colour jitter")
-    add("--grayscale-prob", type=float, metavar="P", help="probability of turning grey")
-    add("--gaussian-blur-prob", type=float, metavar="P", help="probability of a blur")
+    add(
+        "--rotation",
+        type=at_least(0.0),
+        default=0.0,
+        metavar="DEG",
+        help="random rotation by up to DEG",
+    )
+    add("--hflip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--vflip", type=fraction, default=0.0, metavar="P", help="probability of a vertical flip")
+    add(
+        "--color-jitter",
+        type=at_least(0.0),
+        default=0.4,
+        metavar="X",
+        help="strength of colour jitter",
+    )
+    add("--color-jitter-prob", type=fraction, metavar="P", help="probability of colour jitter")
+    add("--grayscale-prob", type=fraction, metavar="P", help="probability of turning grey")
+    add("--gaussian-blur-prob", type=fraction, metavar="P", help="probability of a blur")
     add("--aa", metavar="POLICY", help="AutoAugment, RandAugment, ... as timm writes them")
     add("--aug-repeats", type=float, default=0, metavar="N", help="repeats (distributed only)")
-    add("--reprob", type=float, default=0.0, metavar="P", help="probability of random erasing")
+    add("--reprob", type=fraction, default=0.0, metavar="P", help="probability of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what it fills in")
-    add("--recount", type=int, default=1, metavar="N", help="regions it erases")
-    add("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup, on above 0")
-    add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="cutmix, on above 0")
+    add("--recount", type=at_least(1), default=1, metavar="N", help="regions it erases")
+    add("--mixup", type=at_least(0.0), default=0.0, metavar="ALPHA", help="mixup, on above 0")
+    add("--cutmix", type=at_least(0.0), default=0.0, metavar="ALPHA", help="cutmix, on above 0")
     add("--cutmix-minmax", type=float, nargs="+", metavar="X", help="its area, instead of alpha")
-    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixing at all")
+    add(
+        "--mixup-prob", type=fraction, default=1.0, metavar="P", help="probability of mixing at all"
+    )
     add(
         "--mixup-switch-prob",
-        type=float,
+        type=fraction,
         default=0.5,
         metavar="P",
         help="of cutmix when both are on",
     )
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="drawn per what")
-    add("--mixup-off-epoch", type=int, default=0, metavar="EPOCH", help="no mixing from here on")
+    add(
+        "--mixup-off-epoch",
+        type=at_least(0),
+        default=0,
+        metavar="EPOCH",
+        help="no mixing from here on",
+    )
     add("--train-interpolation", default="random", metavar="NAME", help="resizing in training")
 
 
 def _add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Loss").add_argument
-    add("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing")
+    add("--smoothing", type=fraction, default=0.1, metavar="X", help="label smoothing")
     add("--bce-loss", action=SWITCH, default=False, help="binary cross-entropy")
     add("--bce-sum", action=SWITCH, default=False, help="summed over classes, not averaged")
     add("--bce-target-thresh", type=float, metavar="X", help="binarise soft targets at X")
@@ -294,16 +387,28 @@ def _add_distributed_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Run").add_argument
-    add("--seed", type=int, default=42, metavar="S", help="all randomness comes from it")
+    add("--seed", type=at_least(0), default=42, metavar="S", help="all randomness comes from it")
     add("--output", default="", metavar="DIR", help="where output folders go; ./output/train if ''")
     add("--experiment", default="", metavar="NAME", help="name of the output folder")
-    add("--log-interval", type=int, default=50, metavar="N", help="steps between log lines")
-    add("--val-interval", type=int, default=1, metavar="N", help="epochs between evaluations")
+    add("--log-interval", type=at_least(1), default=50, metavar="N", help="steps between log lines")
+    add(
+        "--val-interval",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="epochs between evaluations",
+    )
     add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what 'best' means")
-    add("--checkpoint-hist", type=int, default=10, metavar="N", help="best checkpoints to keep")
+    add(
+        "--checkpoint-hist",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="best checkpoints to keep",
+    )
     add(
         "--recovery-interval",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="updates between recovery checkpoints; none if 0",

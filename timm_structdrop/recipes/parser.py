@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from timm_structdrop.errors import UserError, nearest
 
-__all__ = ["FlagParser", "parse_structdrop"]
+__all__ = ["FlagParser", "at_least", "fraction", "parse_structdrop"]
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -60,3 +60,28 @@ def parse_structdrop(text: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, SyntaxError):
             settings[key.strip()] = value
     return name, settings
+
+
+def at_least(low: int | float) -> Callable[[str], int | float]:
+    """A type of flag: numbers of the type of ``low`` that are not below it."""
+    kind = type(low)
+
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}; got {text}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def fraction(text: str) -> float:
+    """A type of flag: probabilities and rates, in [0, 1]."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1]; got {text}")
+    return value
+
+
+fraction.__name__ = "float"

@@ -143,6 +143,8 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
         raise UserError(f"{where} must be one {convert.__name__}; got {value!r}")
     try:
         converted = convert(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{where} {error}") from error
     except ValueError as error:
         raise UserError(f"{where} must be of type {convert.__name__}; got {value!r}") from error
     if action.choices is not None and converted not in action.choices:

@@ -58,6 +58,8 @@ def replace_with_link(source: Path, path: Path) -> None:
     Raises:
         UserError: a copy was needed and cannot be written; what was at ``path`` is intact.
     """
+    if path.exists() and path.samefile(source):
+        return  # renaming one link over another of the same file would leave both
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)

@@ -44,7 +44,6 @@ def fit(loop: Loop, start: Position | None = None) -> list[dict[str, Any]]:
 def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
     """Train and evaluate one epoch, write its row and its checkpoint."""
     settings, run, epoch = loop.settings, loop.run, position.epoch
-    rate = learning_rate(run.optimizer)
     train = train_one_epoch(loop, position)
     if settings.world_size > 1 and settings.dist_bn:
         _distribute_bn(loop)
@@ -54,7 +53,7 @@ def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
     validation = _evaluate(loop) if due else None
     metric = train["loss"] if validation is None else validation[settings.eval_metric]
     if loop.summary is not None:
-        loop.summary.append(_row(loop, epoch, train, validation, rate))
+        loop.summary.append(_row(loop, epoch, train, validation))
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metric if due else None)
     if loop.saver is not None and due:
@@ -99,7 +98,6 @@ def _row(
     epoch: int,
     train: Mapping[str, float],
     validation: Mapping[str, float] | None,
-    rate: float,
 ) -> dict[str, Any]:
     """The columns of timm's summary.csv, and the live drop rate and clusters where there are."""
     row: dict[str, Any] = {"epoch": epoch}
@@ -107,7 +105,7 @@ def _row(
     if loop.evaluate is not None:
         names = ("loss", "top1", "top5")
         row |= {f"eval_{name}": (validation or {}).get(name, "") for name in names}
-    row["lr"] = rate
+    row["lr"] = learning_rate(loop.run.optimizer)
     layers = list(structdrop_layers(loop.run.task.get_trainable_module()))
     if layers:
         row["drop_prob"] = live_drop_prob(layers)

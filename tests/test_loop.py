@@ -1,0 +1,217 @@
+"""The loop on data small enough to know the answer."""
+
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_structdrop.errors import UserError
+from timm_structdrop.training import (
+    Loop,
+    LoopSettings,
+    RunSaver,
+    RunState,
+    SummaryFile,
+    TrainingStopped,
+    derive_seed,
+    find_resume,
+    fit,
+    make_task,
+    resume,
+    seed_everything,
+    set_loader_epoch,
+)
+
+IMAGES = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+TARGETS = (IMAGES[:, 0] > 0).long()
+
+
+def make_loop(batch_size: int = 4, shuffle: bool = True, workers: int = 0, **settings) -> Loop:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    task = make_task(model, nn.CrossEntropyLoss(), verbose=False)
+    run = RunState("tiny", task, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    data = TensorDataset(IMAGES, TARGETS)
+    loader = DataLoader(data, batch_size, shuffle=shuffle, num_workers=workers)
+    return Loop(run, loader, torch.device("cpu"), LoopSettings(**{"epochs": 3, **settings}))
+
+
+def weights(loop: Loop) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in loop.run.task.parameters()])
+
+
+def without_dropout(loop: Loop) -> Loop:
+    loop.run.task.trainable_module[1].p = 0.0
+    return loop
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch():
+    """20 images: 2 updates of 8 and one of 4, whether in batches of 4 or of 8."""
+    large = without_dropout(make_loop(batch_size=8, shuffle=False, epochs=1))
+    small = without_dropout(make_loop(batch_size=4, shuffle=False, epochs=1, grad_accum_steps=2))
+    (one,), (other,) = fit(large), fit(small)
+    torch.testing.assert_close(weights(small), weights(large))
+    assert other["train"]["loss"] == pytest.approx(one["train"]["loss"])
+    assert small.updates_per_epoch == large.updates_per_epoch == 3
+
+
+def test_means_are_over_images_not_over_batches():
+    loop = without_dropout(make_loop(batch_size=16, shuffle=False, epochs=1))
+    for group in loop.run.optimizer.param_groups:
+        group["lr"] = 0.0
+    with torch.no_grad():
+        output = loop.run.task.trainable_module(IMAGES)
+    (result,) = fit(loop)
+    expected = nn.functional.cross_entropy(output, TARGETS)
+    assert result["train"]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert result["train"]["top1"] == pytest.approx(
+        100 * float((output.argmax(1) == TARGETS).float().mean())
+    )
+
+
+class TermAt:
+    """In the place of a learning rate scheduler: asks the process to end after one update."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        pass
+
+    def step_update(self, update: int) -> None:
+        if update == self.update:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def with_files(loop: Loop, folder, first_epoch: int = 0) -> Loop:
+    loop.saver = RunSaver(loop.run, folder)
+    loop.summary = SummaryFile(folder / "summary.csv", first_epoch)
+    return loop
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+@pytest.mark.parametrize("update", [1, 3, 4, 5, 8])
+def test_sigterm_finishes_the_update_and_the_run_goes_on_from_there(
+    tmp_path, update, grad_accum_steps
+):
+    settings = {"grad_accum_steps": grad_accum_steps}
+    whole = with_files(make_loop(**settings), tmp_path)
+    fit(whole)
+    expected = (tmp_path / "summary.csv").read_text()
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    stopped = with_files(make_loop(**settings), folder)
+    stopped.run.scheduler = TermAt(update)
+    with pytest.raises(TrainingStopped):
+        fit(stopped)
+    assert find_resume(folder).name.startswith("recovery-")
+    again = make_loop(**settings)
+    torch.randn(7)
+    position, _ = resume(again.run, find_resume(folder))
+    assert position.update == again.updates_before(position) == update
+    fit(with_files(again, folder, position.epoch), position)
+    assert torch.equal(weights(again), weights(whole))
+    assert (folder / "summary.csv").read_text() == expected
+    for one, other in zip(
+        again.run.optimizer.state.values(), whole.run.optimizer.state.values(), strict=True
+    ):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+
+
+def test_after_sigterm_the_old_handler_is_back():
+    before = signal.getsignal(signal.SIGTERM)
+    fit(make_loop(epochs=1))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    loop = make_loop()
+    with torch.no_grad():
+        loop.run.task.trainable_module[0].bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="got nan in epoch 0, step 0"):
+        fit(loop)
+
+
+def test_evaluation_and_checkpoints_come_every_val_interval_and_at_the_end(tmp_path):
+    loop = with_files(make_loop(epochs=5, val_interval=2, eval_metric="loss"), tmp_path)
+    evaluated = []
+
+    def evaluate(model, title):
+        evaluated.append(title)
+        return {"loss": 1.0, "top1": 50.0, "top5": 100.0}
+
+    loop.evaluate = evaluate
+    results = fit(loop)
+    assert evaluated == ["Validate"] * 3
+    assert [result["epoch"] for result in results if "validation" in result] == [1, 3, 4]
+    assert {file.name for file in tmp_path.glob("checkpoint-*")} == {
+        f"checkpoint-{epoch}.pth.tar" for epoch in (1, 3, 4)
+    }
+    rows = (tmp_path / "summary.csv").read_text().splitlines()
+    assert len(rows) == 6 and rows[1].endswith(",,,,0.1") and rows[2].endswith("1.0,50.0,100.0,0.1")
+
+
+def test_averaged_weights_are_what_counts():
+    loop = make_loop(epochs=1)
+    averaged = loop.run.task.setup_ema(decay=0.5)
+
+    def evaluate(model, title):
+        return {"loss": 0.0, "top1": float(model is averaged), "top5": 0.0}
+
+    loop.evaluate = evaluate
+    assert fit(loop)[0]["validation"]["top1"] == 1.0
+
+
+def test_clipping_bounds_the_step():
+    loop = make_loop(epochs=1, clip_grad=1e-3, batch_size=20)
+    before = weights(loop).clone()
+    fit(loop)
+    step = float((weights(loop) - before).norm())
+    assert 0 < step <= 0.1 * 1e-3 * 1.001
+
+
+def test_mixup_ends_with_its_epoch():
+    loop = make_loop(mixup_off_epoch=1)
+
+    class Mix:
+        def __init__(self):
+            self.mixup_enabled = True
+            self.seen = []
+
+        def __call__(self, images, target):
+            self.seen.append(self.mixup_enabled)
+            return images, nn.functional.one_hot(target, 2).float()
+
+    loop.mixup = Mix()
+    fit(loop)
+    assert loop.mixup.seen == [True] * 5 + [False] * 10
+
+
+def test_seeds_differ_in_purpose_and_position_and_need_no_state():
+    positions = [("data", 0, 1), ("data", 1, 0), ("step", 0, 1), ("data", 0, 2)]
+    seeds = [derive_seed(*position) for position in positions]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**63 for seed in seeds)
+    draws = []
+    for _ in range(2):
+        seed_everything("step", 3, 4)
+        draws.append((np.random.rand(), torch.rand(2).tolist(), random.random()))
+        torch.rand(5)
+    assert draws[0] == draws[1]
+    with pytest.raises(UserError, match="at least 0"):
+        derive_seed("data", -1)
+
+
+def test_the_order_of_an_epoch_does_not_depend_on_the_workers():
+    orders = []
+    for workers in (0, 1):
+        loader = DataLoader(TensorDataset(torch.arange(20)), 4, shuffle=True, num_workers=workers)
+        for epoch in (0, 1):
+            set_loader_epoch(loader, seed=5, epoch=epoch)
+            orders.append(torch.cat([batch for (batch,) in loader]).tolist())
+    assert orders[:2] == orders[2:]
+    assert orders[0] != orders[1] and sorted(orders[0]) == list(range(20))
