@@ -39,6 +39,7 @@ class StructDropLayer(nn.Module):
 
     regularizer: ClassVar[str]
     keeps_map_state: ClassVar[bool] = False  # its buffers have the shape of the map
+    needs_target: bool = False  # its training task tells it what each image shows
     drop_prob: Tensor
 
     def __init__(self, drop_prob: float = 0.1) -> None:
@@ -48,7 +49,7 @@ class StructDropLayer(nn.Module):
         self.register_buffer("drop_prob", torch.tensor(self._rate), persistent=False)
 
     @classmethod
-    def build(cls, channels: int, size: tuple[int, int], **settings: Any) -> StructDropLayer:
+    def build(cls, channels: int, size: tuple[int, int], /, **settings: Any) -> StructDropLayer:
         """A layer for a map of ``channels`` x ``size`` = (H, W); most layers fit any map."""
         return cls(**settings)
 
@@ -56,7 +57,8 @@ class StructDropLayer(nn.Module):
     def setting_names(cls) -> tuple[str, ...]:
         """The keywords a user may give, beside ``drop_prob``."""
         parameters = inspect.signature(cls.__init__).parameters
-        return tuple(n for n in parameters if n not in ("self", "drop_prob", "channels", "size"))
+        given = ("channels", "size") if cls.keeps_map_state else ()
+        return tuple(n for n in parameters if n not in ("self", "drop_prob", *given))
 
     @classmethod
     def default_drop_prob(cls) -> float:

@@ -6,7 +6,7 @@ Importing this package registers the models. A new architecture is one file here
 
 from importlib import import_module
 
-_ARCHITECTURE_FILES = ("cifar_resnet", "imagenet_resnet", "lenet", "vgg_cifar")
+_ARCHITECTURE_FILES = ("cifar_resnet", "imagenet_resnet", "lenet", "timm_cnns", "vgg_cifar")
 _ENTRYPOINT_FILES = ("structdrop_small", "structdrop_variants", "structdrop_attached")
 
 # in this order: the entrypoints read the registry of architectures

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 
 __all__ = ["Architecture", "architectures", "register_architecture", "small_cfg"]
+
+PlacementChange = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -27,6 +29,10 @@ class Architecture:
         summary: one line for tables.
         timm_name: the timm model whose weights fit, key for key; None where there is none.
         out_indices: the features a `features_only` model returns unless it is told otherwise.
+        regularizers: the regularizers to register variants with; None for all that fit.
+        placements: by regularizer, arguments of `place` that differ from its default placement, or
+            a function of the plain model that returns them.
+        feature_cls: timm's wrapper for `features_only` models; None for its default.
     """
 
     name: str
@@ -35,6 +41,9 @@ class Architecture:
     summary: str
     timm_name: str | None
     out_indices: tuple[int, ...]
+    regularizers: tuple[str, ...] | None = None
+    placements: Mapping[str, PlacementChange] = field(default_factory=dict)
+    feature_cls: str | None = None
 
     def default_cfgs(self, variant: str) -> dict[str, PretrainedCfg]:
         """What `timm.models.generate_default_cfgs` needs to know of a variant of this architecture.
@@ -63,6 +72,9 @@ def register_architecture(
     cfg: Mapping[str, Any] | None = None,
     timm_name: str | None = None,
     out_indices: tuple[int, ...] = (0, 1, 2, 3, 4),
+    regularizers: tuple[str, ...] | None = None,
+    placements: Mapping[str, PlacementChange] | None = None,
+    feature_cls: str | None = None,
 ) -> Architecture:
     """Enter an architecture into :data:`architectures`; the arguments are its attributes.
 
@@ -80,7 +92,17 @@ def register_architecture(
         )
     if cfg is None:
         cfg = get_pretrained_cfg(timm_name, allow_unregistered=False).to_dict()
-    architectures[name] = Architecture(name, constructor, cfg, summary, timm_name, out_indices)
+    architectures[name] = Architecture(
+        name,
+        constructor,
+        cfg,
+        summary,
+        timm_name,
+        out_indices,
+        regularizers,
+        placements or {},
+        feature_cls,
+    )
     return architectures[name]
 
 

@@ -103,8 +103,10 @@ def trace(
     return steps
 
 
-def map_shape(model: nn.Module, path: str, img_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of the output of module ``path``.
+def map_shape(
+    model: nn.Module, path: str, img_size: tuple[int, int], before: bool = False
+) -> tuple[int, int, int]:
+    """(C, H, W) of the output of module ``path``, or ``before`` it: of its input.
 
     Raises:
         UserError: the module does not run, or does not return a (B, C, H, W) tensor.
@@ -112,8 +114,9 @@ def map_shape(model: nn.Module, path: str, img_size: tuple[int, int]) -> tuple[i
     shapes: list[tuple[int, int, int]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
-            shapes.append((output.shape[1], output.shape[2], output.shape[3]))
+        found = args[0] if before else output
+        if isinstance(found, Tensor) and found.ndim == 4:
+            shapes.append((found.shape[1], found.shape[2], found.shape[3]))
         raise _Stop
 
     module = dict(model.named_modules()).get(path)

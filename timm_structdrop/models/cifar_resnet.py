@@ -169,6 +169,7 @@ for _depth in (8, 20, 32, 44, 56, 110):
         cfg=small_cfg((8, 8), paper_ids="arXiv:1512.03385"),
         summary=f"He et al.'s CIFAR ResNet-{_depth}: widths 16/32/64, parameter-free shortcuts",
         out_indices=(0, 1, 2, 3),
+        placements={"camdrop": {"stages": (1, 2, 3), "block_size": 8}},
     )
 
 for _depth, _block, _layers in (

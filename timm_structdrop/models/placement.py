@@ -62,6 +62,12 @@ PLACEMENTS: dict[str, Placement] = {
         "gamma / 4 in the first of them",
         early=(("gamma_scale", 0.25),),
     ),
+    "camdrop": Placement(
+        ("skip_in", "conv", "last_conv"),
+        2,
+        "on the skips before their projection and after every convolution of the last two groups "
+        "(all three and block 8 in resnet8 to resnet110)",
+    ),
     "dropout": Placement(("conv", "last_conv"), 1, "after the convolutions of the last group"),
     "spatialdropout": Placement(
         ("conv", "last_conv"), 1, "after the convolutions of the last group"
@@ -100,8 +106,8 @@ def place(
         drop_prob: rate in [0, 1); None takes the layer's default.
         stages: stage numbers (3 and 4 are the maps at 1/16 and 1/32 of the image); None takes the
             paper's stages.
-        where: kinds of slots (``stem``, ``conv``, ``last_conv``, ``skip``, ``stage``); None takes
-            the paper's.
+        where: kinds of slots (``stem``, ``conv``, ``last_conv``, ``skip_in``, ``skip``,
+            ``stage``); None takes the paper's.
         modules: names of modules to put a layer after, in place of ``stages`` and ``where``.
         img_size: training resolution, H = W or (H, W), for layers that keep state per pixel and
             for the one forward pass that finds the slots; None takes the model's ``input_size``.
@@ -215,7 +221,7 @@ def _map_shape(
     """(C, (H, W)) of the slot's map, worked out only for layers that keep state per pixel."""
     if not layer.keeps_map_state:
         return 0, (0, 0)
-    channels, height, width = map_shape(model, slot.path, img_size)
+    channels, height, width = map_shape(model, slot.path, img_size, slot.kind == "skip_in")
     return channels, (height, width)
 
 

@@ -5,6 +5,7 @@ A slot is a place in the forward pass. Kinds:
 - ``stem``: after the first convolution, its normalisation and its activation, before any pooling;
 - ``conv``: after a convolution and the normalisation and activation that follow it directly;
 - ``last_conv``: the same for the last convolution of a residual branch, before the addition;
+- ``skip_in``: on the skip connection of a residual block, before its projection;
 - ``skip``: on the skip connection of a residual block, after its projection where there is one;
 - ``stage``: at the end of a stage.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,12 +33,13 @@ from timm_structdrop.models._trace import NORMS, Step, trace
 
 __all__ = ["KINDS", "Slot", "find_slots", "insert", "stage_modules", "stem_slot"]
 
-KINDS = ("stem", "conv", "last_conv", "skip", "stage")
+KINDS = ("stem", "conv", "last_conv", "skip_in", "skip", "stage")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a regularizer: after module ``path``, or in its stead where that is None.
+    """A place for a regularizer: after module ``path``, or in its stead where that is None; before
+    it if the kind is ``skip_in`` or ``head`` (the classifier).
 
     Attributes:
         path: name of the module in the model.
@@ -86,8 +88,8 @@ def stem_slot(model: nn.Module, img_size: tuple[int, int]) -> Slot:
 def find_slots(model: nn.Module, img_size: tuple[int, int]) -> list[Slot]:
     """Every slot of the model, in the order of the forward pass where it is known.
 
-    timm's ResNet blocks are read by their attributes, and have all kinds; other networks are run
-    once on a zero image of ``img_size`` = (H, W), and have no ``last_conv`` and ``skip``.
+    The network is run once on a zero image of ``img_size`` = (H, W). timm's ResNet blocks are read
+    by their attributes instead, because an empty skip is None there.
     """
     stages = stage_modules(model)
     steps = trace(model, img_size)
@@ -103,7 +105,8 @@ def insert(model: nn.Module, slot: Slot, layer: StructDropLayer) -> None:
     """Put ``layer`` into ``slot``; keys of the model's state_dict stay as they are.
 
     An empty place (None or ``nn.Identity``) takes the layer itself, an ``nn.Sequential`` gets it
-    appended, and any other module gets it as a child that a forward hook calls on its output.
+    appended, and any other module gets it as a child that a forward hook calls on its output. For a
+    slot before the module it is the same at the other end: prepended, or a hook on its input.
 
     Raises:
         ValueError: a regularizer of this name is there already.
@@ -112,20 +115,32 @@ def insert(model: nn.Module, slot: Slot, layer: StructDropLayer) -> None:
     parent = model.get_submodule(parent_path)
     module = getattr(parent, name)
     child = layer.regularizer
+    before = slot.kind in ("skip_in", "head")
     if module is None or type(module) is nn.Identity:
         setattr(parent, name, layer)
         return
     if isinstance(module, StructDropLayer) and module.regularizer != child:
-        both = nn.Sequential()
-        both.add_module(module.regularizer, module)
-        both.add_module(child, layer)
-        setattr(parent, name, both)
+        pair = [(module.regularizer, module), (child, layer)]
+        setattr(parent, name, nn.Sequential(OrderedDict(reversed(pair) if before else pair)))
         return
     if isinstance(module, StructDropLayer) or hasattr(module, child):
         raise UserError(f"a slot takes each regularizer once; {slot.path} has {child} already")
+    if isinstance(module, nn.Sequential):
+        later = list(module.named_children()) if before else []
+        for path, _ in later:
+            delattr(module, path)
+        for path, part in [(child, layer), *later]:
+            module.add_module(path, part)
+        return
     module.add_module(child, layer)
-    if not isinstance(module, nn.Sequential):
+    if before:
+        module.register_forward_pre_hook(partial(_call_child_before, child))
+    else:
         module.register_forward_hook(partial(_call_child, child))
+
+
+def _call_child_before(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.get_submodule(name)(args[0]), *args[1:])
 
 
 def _call_child(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -143,19 +158,48 @@ def _residual_slots(model: nn.Module, stages: dict[int, str]) -> Iterator[Slot]:
             if isinstance(block, Bottleneck):
                 yield Slot(f"{path}.act2", "conv", number)
             yield Slot(f"{path}.drop_path", "last_conv", number)
+            yield Slot(f"{path}.downsample", "skip_in", number)
             yield Slot(f"{path}.downsample", "skip", number)
 
 
 def _traced_slots(steps: list[Step], stages: dict[int, str]) -> Iterator[Slot]:
-    """``conv`` slots of a network of unknown structure, from the order in which its modules ran."""
+    """The slots of a network of unknown structure, from the order in which its modules ran.
+
+    A residual block is a module with timm's ``drop_path``: that is where its branch ends, and its
+    ``shortcut`` or ``downsample``, if it ran, is its skip. (One that is None stays alone: in some
+    networks that means a block without a skip.)
+    """
     calls = Counter(step.path for step in steps)
     finished = {step.path: index for index, step in enumerate(steps)}
     ends = sorted((finished[path], number) for number, path in stages.items() if path in finished)
+
+    def stage_at(path: str) -> int | None:
+        return next((number for end, number in ends if end >= finished[path]), None)
+
+    blocks = [step.path.rpartition(".")[0] for step in steps if _is_branch_end(step)]
+    skips = [f"{block}.{name}" for block in blocks for name in ("shortcut", "downsample")]
+    skips = [path for path in skips if path in finished]
     for run in _runs(steps)[1:]:
-        position = finished[run[-1].path]
-        number = next((number for end, number in ends if end >= position), None)
-        if number is not None and run[0].shape is not None and run[0].shape[1:] != (1, 1):
+        number = stage_at(run[-1].path)
+        in_skip = any(f"{run[0].path}.".startswith(f"{path}.") for path in skips)
+        if number is None or in_skip or not _is_map(run[0]):
+            continue
+        if not any(_is_branch_end(step) for step in run):
             yield Slot(_end(run, calls), "conv", number)
+    branch_ends = [f"{block}.drop_path" for block in blocks]
+    for kind, paths in (("last_conv", branch_ends), ("skip_in", skips), ("skip", skips)):
+        for path in paths:
+            number = stage_at(path)
+            if number is not None:
+                yield Slot(path, kind, number)
+
+
+def _is_branch_end(step: Step) -> bool:
+    return step.path.endswith(".drop_path") and _is_map(step)
+
+
+def _is_map(step: Step) -> bool:
+    return step.shape is not None and step.shape[1:] != (1, 1)
 
 
 def _runs(steps: list[Step]) -> list[list[Step]]:

@@ -61,14 +61,17 @@ class Variant:
 
         def construct(**model_kwargs: Any) -> nn.Module:
             model = self.architecture.constructor(**model_kwargs)
-            return place(model, self.regularizer, drop_prob=rate, **own)
+            change = self.architecture.placements.get(self.regularizer, {})
+            usual = dict(change(model) if callable(change) else change)
+            if "stages" in own or "where" in own:
+                usual.pop("modules", None)
+            return place(model, self.regularizer, **{"drop_prob": rate, **usual, **own})
 
+        feature_cfg: dict[str, Any] = {"out_indices": self.architecture.out_indices}
+        if self.architecture.feature_cls is not None:
+            feature_cfg["feature_cls"] = self.architecture.feature_cls
         return build_model_with_cfg(
-            construct,
-            self.name,
-            pretrained,
-            feature_cfg={"out_indices": self.architecture.out_indices},
-            **kwargs,
+            construct, self.name, pretrained, feature_cfg=feature_cfg, **kwargs
         )
 
 
@@ -85,8 +88,12 @@ def _rate(drop_block_rate: float | None, keep_prob: float | None) -> float | Non
     return 1.0 - keep_prob
 
 
-def _residual(architecture: Architecture) -> bool:
-    return architecture.name.startswith("resnet")
+def _fits(architecture: Architecture, name: str) -> bool:
+    if name not in PLACEMENTS:
+        return False
+    if architecture.regularizers is not None:
+        return name in architecture.regularizers
+    return name not in RESIDUAL_ONLY or architecture.name.startswith("resnet")
 
 
 variants = {
@@ -95,7 +102,7 @@ variants = {
         Variant(architecture, name)
         for architecture in architectures.values()
         for name in regularizers
-        if name in PLACEMENTS and (_residual(architecture) or name not in RESIDUAL_ONLY)
+        if _fits(architecture, name)
     )
 }
 
