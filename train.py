@@ -239,7 +239,8 @@ def compile_and_wrap(flags: argparse.Namespace, loop: Loop, process: Process) ->
         task.compile_ema(backend=flags.torchcompile, mode=flags.torchcompile_mode)
     if process.world_size > 1:
         ids = [process.device] if process.device.type != "cpu" else None
-        task.prepare_distributed(device_ids=ids, broadcast_buffers=not flags.no_ddp_bb)
+        buffers = {"broadcast_buffers": False} if flags.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=ids, **buffers)
 
 
 def run_to_the_end(loop: Loop, start: Position) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from timm_structdrop.training import (
     LoopSettings,
     RunSaver,
     RunState,
+    StructDropTask,
     SummaryFile,
     TrainingStopped,
     derive_seed,
@@ -121,6 +122,20 @@ def test_sigterm_finishes_the_update_and_the_run_goes_on_from_there(
         again.run.optimizer.state.values(), whole.run.optimizer.state.values(), strict=True
     ):
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+
+
+def test_parts_of_the_loss_that_a_task_names_get_columns_of_their_own(tmp_path):
+    class WithParts(StructDropTask):
+        def step(self, input, target):
+            result = super().step(input, target)
+            return {**result, "kl": torch.tensor(float(len(target)))}
+
+    loop = make_loop(batch_size=16, epochs=1)
+    loop.run.task = WithParts(loop.run.task.trainable_module, verbose=False)
+    (result,) = fit(with_files(loop, tmp_path))
+    assert result["train"]["kl"] == pytest.approx((16 * 16 + 4 * 4) / 20)
+    assert list(result["train"]) == ["loss", "top1", "kl"]
+    assert "train_top1,train_kl,lr" in (tmp_path / "summary.csv").read_text()
 
 
 def test_after_sigterm_the_old_handler_is_back():

@@ -108,7 +108,8 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
     """Train the rest of ``position``'s epoch.
 
     Returns:
-        Mean ``loss`` and ``top1`` (percent) over the epoch's images and over all processes.
+        Means over the epoch's images and all processes: ``loss``, ``top1`` (percent), and the
+        parts of the loss that the task names.
     """
     settings, run, epoch = loop.settings, loop.run, position.epoch
     accumulate, n_batches = settings.grad_accum_steps, len(loop.loader)
@@ -117,7 +118,7 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
     run.task.begin_epoch(epoch, position.batch)
     run.task.get_trainable_module().train()
     run.optimizer.zero_grad()
-    sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, **position.sums}
+    sums = dict(position.sums)
     progress = Progress(
         f"Train {epoch + 1}/{settings.epochs}", n_batches, settings.log_interval,
         position.batch, enabled=loop.is_primary,
@@ -132,18 +133,16 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
         first_of_update = batch - batch % accumulate
         of_update = min(accumulate, n_batches - first_of_update)
         need_update = batch + 1 == first_of_update + of_update
-        loss, correct = _step(loop, images, target, of_update, need_update)
-        if not math.isfinite(loss):
+        figures = _step(loop, images, target, of_update, need_update)
+        if not math.isfinite(figures["loss"]):
             raise UserError(
-                f"the loss must be finite; got {loss} in epoch {epoch}, step {batch} (a lower "
-                "learning rate, --clip-grad or no --amp may help)"
+                f"the loss must be finite; got {figures['loss']} in epoch {epoch}, step {batch} "
+                "(a lower learning rate, --clip-grad or no --amp may help)"
             )
-        n_images = len(target)
-        sums["loss"] += loss * n_images
-        sums["correct"] += correct
-        sums["images"] += n_images
+        for name, value in {**figures, "images": 1.0}.items():
+            sums[name] = sums.get(name, 0.0) + value * len(target)
         progress.update(
-            n_images * settings.world_size, {**_means(sums), "lr": learning_rate(run.optimizer)}
+            len(target) * settings.world_size, {**_means(sums), "lr": learning_rate(run.optimizer)}
         )
         if need_update:
             _after_update(loop, Position(epoch, batch + 1, update + 1, sums))
@@ -155,11 +154,11 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
 
 def _step(
     loop: Loop, images: Tensor, target: Tensor, of_update: int, need_update: bool
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Forward, backward and, at the end of the accumulated batches, the optimizer's update.
 
     Returns:
-        The batch's loss and how many images it classified rightly.
+        The batch's ``loss``, ``top1`` in percent, and the parts of the loss that the task names.
     """
     settings, task = loop.settings, loop.run.task
     images = images.to(loop.device, non_blocking=True)
@@ -173,10 +172,13 @@ def _step(
             result = task(images, target)
         _backward(loop, result["loss"] / of_update, need_update)
     labels = target.argmax(1) if target.ndim == 2 else target
-    correct = (result["output"].detach().argmax(1) == labels).sum()
-    figures = torch.stack([result["loss"].detach().float(), correct.float()])
-    loss, n_correct = figures.tolist()
-    return loss, n_correct
+    figures = {
+        "loss": result["loss"],
+        "top1": 100.0 * (result["output"].argmax(1) == labels).float().mean(),
+    }
+    figures |= {name: part for name, part in result.items() if part.ndim == 0}
+    values = torch.stack([figure.detach().float() for figure in figures.values()])
+    return dict(zip(figures, values.tolist(), strict=True))
 
 
 def _autocast(loop: Loop) -> AbstractContextManager[Any]:
@@ -231,8 +233,7 @@ def _switch_mixup(loop: Loop, epoch: int) -> None:
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    images = max(sums["images"], 1.0)
-    return {"loss": sums["loss"] / images, "top1": 100.0 * sums["correct"] / images}
+    return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
 
 
 def _sum_over_processes(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
