@@ -3,8 +3,8 @@
 Pure functions on tensors; nothing here knows a layer or a model.
 """
 
-from .agreement import adjusted_rand_index
-from .hopkins import hopkins, spatial_hopkins
-from .rena import ReNAResult, rena
+from timm_structdrop.cluster.agreement import adjusted_rand_index
+from timm_structdrop.cluster.hopkins import hopkins, spatial_hopkins
+from timm_structdrop.cluster.rena import ReNAResult, rena
 
 __all__ = ["ReNAResult", "adjusted_rand_index", "hopkins", "rena", "spatial_hopkins"]

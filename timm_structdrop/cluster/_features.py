@@ -1,21 +1,21 @@
 """What ReNA computes from activations: distances along edges and averages over clusters.
 
-The passes over activations go block by block. On a CPU a block of distances stays in the cache
-while it is subtracted, squared and summed, and a block of transposed pixels stays below the size
-for which the allocator asks the kernel for fresh pages each time.
+The passes over activations go block by block. On a CPU a block stays in the cache while it is
+subtracted, squared and summed, or transposed and averaged, and below the size for which the
+allocator asks the kernel for fresh pages each time; on an accelerator blocks only bound memory.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # The largest activation of each channel is brought to 2^49 .. 2^50: in float32 no sum of squared
-# differences overflows, and no difference above 2^-124 of the largest activation squares to zero.
+# differences overflows, and no difference above 2^-112 of the largest activation squares to zero.
 _TOP_EXPONENT = 50
-_DISTANCE_BLOCK = 2**19
-_TRANSPOSED_BLOCK = 2**22
+_CPU_BLOCK = 2**19
 _ACCELERATOR_BLOCK = 2**27
 
 
@@ -49,7 +49,7 @@ class PixelFeatures:
             right (C, H, W - 1) and down (C, H - 1, W).
         """
         batch, n_pixels = self._flat.shape
-        step = max(self.width, _per_block(self._flat, _DISTANCE_BLOCK, batch))
+        step = max(self.width, _per_block(self._flat, batch))
         right, down = self._scale.new_empty(2, n_pixels)
         for start in range(0, n_pixels, step):
             block = self._normalised(start, start + step + self.width)
@@ -62,27 +62,27 @@ class PixelFeatures:
         shape = self.channels, self.height, self.width
         return right.view(shape)[:, :, :-1], down.view(shape)[:, :-1]
 
-    def averages(self, cluster: Tensor, count: Tensor, total: int) -> Tensor:
+    def averages(self, cluster: Tensor, total: int) -> Tensor:
         """(total, B), the mean over the pixels of each cluster.
 
         Args:
-            cluster: (C*H*W,) int64, 0 .. total - 1, ascending from channel to channel.
-            count: (C,) int64, the number of clusters of each channel.
-            total: Their sum.
+            cluster: (C*H*W,) int64, 0 .. total - 1, each at least once. Fast when the numbers
+                ascend roughly with the pixels.
+            total: Number of clusters.
         """
-        batch = len(self._flat)
-        step = _per_block(self._flat, _TRANSPOSED_BLOCK, batch * self.per_channel)
+        batch, n_pixels = self._flat.shape
         order, first = _grouped(cluster, total)
-        bounds = [0, *count.cumsum(0).tolist()]
+        targets = torch.arange(0, n_pixels, _per_block(self._flat, batch), device=first.device)
+        ends = first.new_tensor([total])
+        bounds = torch.cat([torch.searchsorted(first, targets), ends]).unique_consecutive()
+        positions = torch.cat([first, ends.new_tensor([n_pixels])])[bounds].tolist()
         means = self._scale.new_empty(total, batch)
-        for start in range(0, self.channels, step):
-            end = min(start + step, self.channels)
-            pixel, cluster_range = start * self.per_channel, slice(bounds[start], bounds[end])
-            rows = self._normalised(pixel, end * self.per_channel).t().contiguous()
-            members = order[pixel : end * self.per_channel] - pixel
-            means[cluster_range] = F.embedding_bag(
-                members, rows, first[cluster_range] - pixel, mode="mean"
-            )
+        for clusters, members in zip(pairwise(bounds.tolist()), pairwise(positions), strict=True):
+            pixels = order[slice(*members)]
+            low, high = torch.stack(pixels.aminmax()).tolist()
+            rows = self._normalised(low, high + 1).t().contiguous()
+            offsets = first[slice(*clusters)] - members[0]
+            means[slice(*clusters)] = F.embedding_bag(pixels - low, rows, offsets, mode="mean")
         return means
 
 
@@ -109,7 +109,7 @@ def distances(rows: Tensor, u: Tensor, v: Tensor) -> Tensor:
         u: (E,) int64.
         v: (E,) int64.
     """
-    step = _per_block(rows, _DISTANCE_BLOCK, rows.shape[1])
+    step = _per_block(rows, rows.shape[1])
     out = rows.new_empty(len(u))
     for start in range(0, len(u), step):
         edges = slice(start, start + step)
@@ -125,9 +125,9 @@ def _grouped(cluster: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return cluster.argsort(stable=True), size.cumsum(0) - size
 
 
-def _per_block(like: Tensor, cpu_block: int, item: int) -> int:
-    """How many items of so many elements go into one block on the device of `like`."""
-    return max(1, (cpu_block if like.device.type == "cpu" else _ACCELERATOR_BLOCK) // item)
+def _per_block(like: Tensor, batch: int) -> int:
+    """How many feature vectors of length batch go into one block on the device of `like`."""
+    return max(1, (_CPU_BLOCK if like.device.type == "cpu" else _ACCELERATOR_BLOCK) // batch)
 
 
 def _power_of_two_scale(activations: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _NO_LINK = 2**63 - 1
 _EDGE_BITS = 32
-_HASH_MULTIPLIER = 0x9E3779B1
+_SLOTS = 8
 
 
 def flatten(parent: Tensor, longest: int) -> Tensor:
@@ -107,7 +107,7 @@ def nearest_links(
     root.
 
     Args:
-        u: (E,) int64, one end of each edge, E in [1, 2^32).
+        u: (E,) int64, one end of each edge, E in [1, 2^31).
         v: (E,) int64, the other end.
         weight: (E,) float, not negative.
         parent: (n,) int64, where the nodes without an edge point.
@@ -155,22 +155,23 @@ def cut_longest(
     return parent
 
 
-def distinct(u: Tensor, v: Tensor) -> Tensor:
+def distinct(u: Tensor, v: Tensor, n_nodes: int) -> Tensor:
     """(E,) bool: False for loops and for most repetitions of an earlier edge.
 
     Merging clusters leaves many parallel edges, and each costs one distance between clusters. A
-    hash table of first positions finds nearly all of them for a fraction of a sort; those that
-    collide with another edge stay, which costs time and changes nothing else.
+    small hash table of first positions per node finds nearly all of them for a fraction of a
+    sort; those that collide with another edge stay, which costs time and changes nothing else.
 
     Args:
-        u: (E,) int64, one end of each edge.
+        u: (E,) int64, one end of each edge, E < 2^31.
         v: (E,) int64, the other end.
+        n_nodes: Number of nodes.
     """
-    position = torch.arange(len(u), device=u.device)
+    position = torch.arange(len(u), dtype=torch.int32, device=u.device)
     low, high = torch.minimum(u, v), torch.maximum(u, v)
-    slots = 1 << (2 * len(u)).bit_length()
-    slot = (low * _HASH_MULTIPLIER + high) & (slots - 1)
-    table = torch.full((slots,), len(u), dtype=torch.int64, device=u.device)
+    slot = low.mul_(_SLOTS).add_(high & (_SLOTS - 1))
+    table = position.new_full((n_nodes * _SLOTS,), torch.iinfo(torch.int32).max)
     first = table.scatter_reduce_(0, slot, position, "amin").index_select(0, slot)
-    other = (low.index_select(0, first) != low) | (high.index_select(0, first) != high)
-    return (u != v) & ((first == position) | other)
+    # Edges in the same slot have the same lower node.
+    collides = high.index_select(0, first) != high
+    return (u != v) & ((first == position) | collides)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _features, _graph
+from timm_structdrop.cluster import _features, _graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,8 @@ def rena(activations: Tensor, n_clusters: int, max_rounds: int = 1000) -> ReNARe
     takes_part = structured[:, None, None]
     right, down = right * takes_part, down * takes_part
     cluster = _agglomerate(pixels, right, down, structured, n_clusters, max_rounds)
-    first = torch.where(
-        structured[:, None], _graph.first_members(cluster).view_as(component), component
-    )
+    first = _graph.first_members(cluster).view_as(component)
+    first = torch.where(structured[:, None], first, component)
     height, width = activations.shape[2:]
     return _number(first, height, width, n_clusters)
 
@@ -78,11 +77,17 @@ def _check(activations: Tensor, n_clusters: int, max_rounds: int) -> None:
 
 
 def _components(right: Tensor, down: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Components of the lattice of pixels that differ, in the channels with more than n_clusters.
+    """Components of the lattice of the pixels that differ.
+
+    Args:
+        right: (C, H, W - 1) squared distances of neighbours in a row.
+        down: (C, H - 1, W) the same in a column.
+        n_clusters: Clusters per channel.
 
     Returns:
-        first (C, H*W) int64, the first pixel of the component of each pixel in the unstructured
-        channels, the pixel itself in the others; structured (C,) bool.
+        first (C, H*W) int64, for each pixel of an unstructured channel the first pixel of its
+        component (elsewhere without meaning); structured (C,) bool, no more than n_clusters
+        components.
     """
     channels, height, width = right.shape[0], right.shape[1], down.shape[2]
     pixels = height * width
@@ -140,25 +145,23 @@ def _agglomerate(
         parent, links, order = _graph.nearest_links(u, v, distance, parent)
         n_links = torch.zeros_like(count).scatter_add_(0, channel, links.long())
         surplus = count - target
-        too_many = n_links > surplus
         count = count - torch.minimum(n_links, surplus)
-        facts = torch.stack([too_many.any(), count.sum(), (count - target).sum()]).tolist()
-        any_too_many, n_nodes, n_surplus = facts
-        if any_too_many:
-            links = links & too_many[channel]
+        facts = [(n_links > surplus).any(), count.sum(), (count - target).sum()]
+        too_many, n_nodes, n_surplus = torch.stack(facts).tolist()
+        if too_many:
             parent = _graph.cut_longest(parent, links, order, channel, surplus)
         merge = _graph.number_roots(parent, pixels.per_channel)
         merges.append(merge)
         if not n_surplus:
             break
         if rows is None:
-            rows = pixels.averages(merge, count, n_nodes)
+            rows = pixels.averages(merge, n_nodes)
         else:
             rows = _features.averages(rows, merge, n_nodes)
         channel = channels.repeat_interleave(count, output_size=n_nodes)
         parent = torch.arange(n_nodes, device=count.device)
         u, v = merge.index_select(0, u), merge.index_select(0, v)
-        useful = _graph.distinct(u, v) & (count > target)[channel].index_select(0, u)
+        useful = _graph.distinct(u, v, n_nodes) & (count > target)[channel].index_select(0, u)
         u, v = _graph.select(useful, u, v)
         distance = _features.distances(rows, u, v)
     cluster = merges.pop() if merges else node
