@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import safe_model_name
 from timm.utils import NativeScaler, init_distributed_device
@@ -37,7 +36,7 @@ from timm_structdrop.recipes.build import (
     build_scheduler,
     build_task,
 )
-from timm_structdrop.recipes.build_data import evaluation, training_batches
+from timm_structdrop.recipes.build_data import evaluation, input_settings, training_batches
 from timm_structdrop.training import (
     Loop,
     LoopSettings,
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seed_everything("model", flags.seed)
     model = build_model(flags)
-    data = resolve_data_config(vars(flags), model=model)
+    data = input_settings(flags, model)
     loader, mixup = training_batches(
         flags, data, model.num_classes, process.device, process.rank, process.world_size
     )

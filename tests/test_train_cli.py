@@ -3,12 +3,15 @@
 import csv
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from script import load_script, write_images
+from script import ROOT, load_script, write_images
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import (
@@ -177,6 +180,11 @@ def test_wrong_values_in_files_state_the_rule(tmp_path, text, line):
         (["--model", "lenet5", "--batch-size", "5000"], "1437 training images"),
         (["--model", "lenet5", "--drop-schedule", "linear"], "structured layers"),
         (["--model", "lenet5", "--mixup", "1", "--batch-size", "31"], "even --batch-size"),
+        (["--model", "lenet5", "--mean", "0.5", "0.5"], "--mean must be one value or 1; got 2"),
+        (["--model", "lenet5", "--train-interpolation", "bicubi"], "nearest: bicubic"),
+        (["--model", "lenet5", "--aa", "rnd-m9"], "augmentation flags"),
+        (["--model", "lenet5", "--train-crop-mode", "centre"], "augmentation flags"),
+        (["--model", "lenet5", "--torchcompile", "inductr"], "nearest: inductor"),
         (["--model", "lenet5", "--resume", "missing"], "existing checkpoint or folder"),
         (["--model", "lenet5", "--structdrop", "dropblock:7"], "name:key=value"),
         (["--model", "lenet5", "--structdrop", "dropblok"], "nearest: dropblock"),
@@ -212,6 +220,24 @@ def test_an_output_that_is_a_file_is_an_error(run, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(OSError, match="run"):
         run("--model", "lenet5", "--epochs", "1")
+
+
+def test_from_the_shell_it_is_one_line_on_stderr_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--recipe", "digits-quikstart"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    line = "error: unknown recipe 'digits-quikstart' (nearest: digits-quickstart"
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_args_of_timms_own_runs_are_taken_as_far_as_they_are_flags_here(tmp_path):
+    (tmp_path / "args.yaml").write_text("epochs: 7\nlog_wandb: false\noutput: elsewhere\n")
+    flags = parse_with_sources(train_parser(), ["--resume", str(tmp_path / "last.pth.tar")])
+    assert (flags.epochs, flags.output) == (7, "")
 
 
 def test_structdrop_values_are_literals_or_text():

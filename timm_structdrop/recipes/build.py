@@ -33,6 +33,11 @@ def build_model(flags: argparse.Namespace) -> Any:
     Raises:
         UserError: the model is unknown or does not take what the flags say.
     """
+    if flags.torchcompile:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if flags.torchcompile not in backends:
+            hint = nearest(flags.torchcompile, backends)
+            raise UserError(f"unknown torch.compile backend {flags.torchcompile!r}{hint}")
     arch = flags.model.split(".")[0]
     if ":" not in flags.model and not timm.is_model(arch):
         raise UserError(f"unknown model {flags.model!r}{nearest(arch, timm.list_models())}")

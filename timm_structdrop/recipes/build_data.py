@@ -9,16 +9,35 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_loader
+from timm.data import FastCollateMixup, Mixup, create_loader, resolve_data_config
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from timm_structdrop.data import SeededDataset, class_names, create_dataset
-from timm_structdrop.errors import UserError
+from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.evaluation import evaluate
 from timm_structdrop.training import Progress
 
-__all__ = ["evaluation", "training_batches", "validation_batches"]
+__all__ = ["evaluation", "input_settings", "training_batches", "validation_batches"]
+
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
+
+
+def input_settings(flags: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Input size, normalisation and resizing: what the flags say, else what the model says.
+
+    Raises:
+        UserError: the mean, the deviation or the interpolation is not one that fits.
+    """
+    channels = flags.input_size[0] if flags.input_size else flags.in_chans or 3
+    for name in ("mean", "std"):
+        values = getattr(flags, name)
+        if values is not None and len(values) not in (1, channels):
+            raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
+    for name in (flags.interpolation, flags.train_interpolation):
+        if name and name != "random" and name not in INTERPOLATIONS:
+            raise UserError(f"unknown interpolation {name!r}{nearest(name, INTERPOLATIONS)}")
+    return resolve_data_config(vars(flags), model=model)
 
 
 def training_batches(
@@ -58,16 +77,19 @@ def training_batches(
             )
         dataset = SeededDataset(dataset, flags.seed, rank)
     mix = _mixup_settings(flags, num_classes)
-    loader = create_loader(
-        dataset,
-        batch_size=flags.batch_size,
-        is_training=True,
-        collate_fn=FastCollateMixup(**mix) if mix and not flags.no_prefetcher else None,
-        # workers that stay alive would not hear of mixup being switched off
-        persistent_workers=not (mix and flags.mixup_off_epoch),
-        **_augmentation(flags, data),
-        **_loading(flags, data, device, world_size),
-    )
+    try:
+        loader = create_loader(
+            dataset,
+            batch_size=flags.batch_size,
+            is_training=True,
+            collate_fn=FastCollateMixup(**mix) if mix and not flags.no_prefetcher else None,
+            # workers that stay alive would not hear of mixup being switched off
+            persistent_workers=not (mix and flags.mixup_off_epoch),
+            **_augmentation(flags, data),
+            **_loading(flags, data, device, world_size),
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the augmentation flags must be timm's; got {error!r}") from error
     return loader, Mixup(**mix) if mix and flags.no_prefetcher else None
 
 

@@ -44,8 +44,9 @@ def parse_with_sources(parser: FlagParser, argv: Sequence[str] | None = None) ->
     """Parse ``argv`` over the values of ``--config`` over those of ``--recipe``.
 
     A run that is continued (``--resume``) starts from the ``args.yaml`` beside its checkpoint,
-    below the recipe. A YAML key is a flag's name with underscores. One that only train.py knows is
-    skipped by other commands, so that they take the same files.
+    below the recipe; what it says of flags that are not here (timm's train.py has more) is left
+    out. A YAML key is a flag's name with underscores. One that only train.py knows is skipped by
+    other commands, so that they take the same files.
 
     Raises:
         UserError: an unknown flag, key or recipe, or a value that its flag does not accept.
@@ -56,7 +57,8 @@ def parse_with_sources(parser: FlagParser, argv: Sequence[str] | None = None) ->
     named, _ = sources.parse_known_args(argv)
     own = parser.flags()
     if named.resume and "resume" in own:
-        _set_defaults(parser, _saved_flags(named.resume), f"args.yaml of {named.resume}")
+        saved = {key: value for key, value in _saved_flags(named.resume).items() if key in own}
+        _set_defaults(parser, saved, f"args.yaml of {named.resume}")
     config = _read_config(named.config) if named.config else {}
     recipe = named.recipe or config.get("recipe")
     if recipe:
