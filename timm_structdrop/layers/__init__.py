@@ -4,6 +4,7 @@ from timm_structdrop.layers._base import StructDropLayer
 from timm_structdrop.layers._fork import Fork, ForkAware
 from timm_structdrop.layers._rate import seed_rate
 from timm_structdrop.layers._registry import Regularizer, register, regularizers
+from timm_structdrop.layers.camdrop import CamDrop2d, cam_drop_2d
 from timm_structdrop.layers.dropblock import DropBlock2d, drop_block_2d
 from timm_structdrop.layers.dropcluster import DropCluster2d, drop_cluster_2d
 from timm_structdrop.layers.dropout import UnitDropout2d, unit_dropout_2d
@@ -14,6 +15,7 @@ from timm_structdrop.layers.stochasticdepth import StochasticDepth, stochastic_d
 __all__ = [
     "HEAD_SUB_MODELS",
     "SUB_MODELS",
+    "CamDrop2d",
     "DropBlock2d",
     "DropCluster2d",
     "Fork",
@@ -24,6 +26,7 @@ __all__ = [
     "StochasticDepth",
     "StructDropLayer",
     "UnitDropout2d",
+    "cam_drop_2d",
     "drop_block_2d",
     "drop_cluster_2d",
     "r_block_2d",

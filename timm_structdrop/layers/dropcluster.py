@@ -194,7 +194,7 @@ class DropCluster2d(StructDropLayer):
         self.register_buffer("step", torch.tensor(0))
 
     @classmethod
-    def build(cls, channels: int, size: tuple[int, int], **settings: Any) -> DropCluster2d:
+    def build(cls, channels: int, size: tuple[int, int], /, **settings: Any) -> DropCluster2d:
         return cls(channels, size, **settings)
 
     @property

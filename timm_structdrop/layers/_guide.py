@@ -1,0 +1,120 @@
+"""Where CamDrop may drop: class activation maps, and the pixels and channels highest in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "candidate_pixels",
+    "compress",
+    "dominant_channels",
+    "guidance",
+    "highest",
+    "inner_seeds",
+]
+
+
+def compress(alpha: Tensor, channels: int) -> Tensor:
+    """Eq. (7): as many weights as a layer has channels, from those of the classifier.
+
+    With g = floor(C' / C), weight c is the sum of alpha[c g], ..., alpha[c g + g - 1]; the last
+    C' - C g are not used. The paper has no case of C > C'; then weight c is alpha[floor(c C' / C)].
+
+    Args:
+        alpha: (B, C').
+        channels: C.
+
+    Returns:
+        (B, C) float32.
+    """
+    alpha = alpha.float()
+    features = alpha.shape[1]
+    if channels > features:
+        index = torch.arange(channels, device=alpha.device) * features // channels
+        return alpha.index_select(1, index)
+    group = features // channels
+    return alpha[:, : group * channels].unflatten(1, (channels, group)).sum(2)
+
+
+def guidance(x: Tensor, alpha: Tensor | None, guide: str) -> tuple[Tensor, Tensor]:
+    """The weights of the channels (B, C) and the map J (B, H, W), both float32.
+
+    Args:
+        x: activations (B, C, H, W).
+        alpha: the classifier's weights (B, C'), for ``"cam"``.
+        guide: ``"cam"``: J = sum_c alpha_c x_c, Eqs. (5) and (7); ``"avg"``: J is the mean of the
+            channels, and a channel's weight its mean over the map.
+
+    Raises:
+        ValueError: ``alpha`` is needed and is not (B, C').
+    """
+    if guide == "avg":
+        return x.mean((2, 3), dtype=torch.float32), x.mean(1, dtype=torch.float32)
+    if alpha is None or alpha.ndim != 2 or alpha.shape[0] != x.shape[0]:
+        received = None if alpha is None else tuple(alpha.shape)
+        raise ValueError(
+            f"alpha must be (B, features) with B = {x.shape[0]} where guide is 'cam'; "
+            f"got {received}"
+        )
+    weights = compress(alpha, x.shape[1])
+    if torch.compiler.is_compiling():  # fuses what would be a float32 copy of x
+        return weights, (x.float() * weights[:, :, None, None]).sum(1)
+    with torch.autocast(x.device.type, enabled=False):  # it would round J to half precision
+        cam = torch.bmm(weights[:, None], x.float().flatten(2))
+    return weights, cam.view(x.shape[0], x.shape[2], x.shape[3])
+
+
+def candidate_pixels(
+    intensity: Tensor, block: tuple[int, int], n_pixels: int | None = None, rank: str = "valid"
+) -> tuple[Tensor | None, int]:
+    """Eq. (6): the n positions of the seed grid where J is highest.
+
+    Args:
+        intensity: J (B, H, W).
+        block: (rows, columns) of the blocks, at most (H, W).
+        n_pixels: n; None for floor(H W / (rows columns)).
+        rank: ``"valid"``: the seed grid is that of :func:`inner_seeds`; ``"all"``: it is the map.
+
+    Returns:
+        Places (B, n) int64 of the flattened grid, in no order, or None for all of the grid; and n.
+    """
+    height, width = intensity.shape[1:]
+    if rank == "valid":
+        intensity = inner_seeds(intensity, block)
+    n = height * width // (block[0] * block[1]) if n_pixels is None else n_pixels
+    grid = intensity.shape[1] * intensity.shape[2]
+    if n >= grid:
+        return None, grid
+    return highest(intensity.flatten(1), n), n
+
+
+def dominant_channels(channels: int, n_channels: int | float | None = None) -> int:
+    """n' of Eq. (8): how many of C channels are candidates.
+
+    Args:
+        channels: C.
+        n_channels: a number, C if that is less; a float, a fraction of C, rounded down; None, C / 8
+            rounded down. At least 1.
+    """
+    if n_channels is None:
+        return max(1, channels // 8)
+    if isinstance(n_channels, float):
+        return max(1, int(n_channels * channels))
+    return min(n_channels, channels)
+
+
+def highest(values: Tensor, k: int) -> Tensor:
+    """Indices (B, k) of the k highest in each row of ``values`` (B, N), in no order."""
+    return values.topk(k, dim=1, sorted=False).indices
+
+
+def inner_seeds(maps: Tensor, block: tuple[int, int]) -> Tensor:
+    """The part of maps (..., H, W) where a block fits around a seed: (H - rows + 1, ...).
+
+    A block reaches (rows - 1) // 2 above its seed and rows // 2 below: the seed is the block's
+    middle, the first of two if it is even.
+    """
+    height, width = maps.shape[-2:]
+    top, left = (block[0] - 1) // 2, (block[1] - 1) // 2
+    return maps[..., top : height - block[0] // 2, left : width - block[1] // 2]

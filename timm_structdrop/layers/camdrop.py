@@ -1,0 +1,295 @@
+"""CamDrop (Wang, Li, Wang & Lin, CIKM 2019): drop blocks where a class activation map is high."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
+from timm_structdrop.layers._blocks import clamp_block, grow_blocks
+from timm_structdrop.layers._guide import (
+    candidate_pixels,
+    dominant_channels,
+    guidance,
+    highest,
+    inner_seeds,
+)
+from timm_structdrop.layers._rate import check_block_size, paper_rate
+from timm_structdrop.layers._registry import register
+
+__all__ = ["CamDrop2d", "cam_drop_2d"]
+
+CHOICES = {
+    "guide": ("cam", "avg"),
+    "channels": ("dominant", "all"),
+    "rank": ("valid", "all"),
+    "seed_rate": ("candidates", "dropblock"),
+}
+
+
+def cam_drop_2d(
+    x: Tensor,
+    alpha: Tensor | None,
+    drop_prob: float | Tensor = 0.1,
+    block_size: int = 7,
+    guide: str = "cam",
+    channels: str = "dominant",
+    n_channels: int | float | None = None,
+    n_pixels: int | None = None,
+    rank: str = "valid",
+    seed_rate: str = "candidates",
+    training: bool = True,
+) -> Tensor:
+    """Zero blocks at the pixels and in the channels that speak most for the target class.
+
+    With J = sum_c alpha_c x_c, Eqs. (5) and (7), the candidates of a sample are its pixels of
+    highest J, Eq. (6), in its channels of highest alpha, Eq. (8). Each pair of a pixel and a
+    channel seeds a block with the probability that ``seed_rate`` says, Eq. (9); what is kept is
+    multiplied by CHW / count_ones(M) of the sample, Eq. (10).
+
+    A seed is the middle of its block, the first of two middles if the block is even. The seed is
+    valid if the block fits in the map.
+
+    Args:
+        x: activations (B, C, H, W).
+        alpha: (B, C'), the classifier's weights of each sample's target. Eq. (7) makes C of them:
+            sums over groups of floor(C' / C), or repetitions if C > C'. Not read if ``guide`` is
+            ``"avg"``, where it may be None.
+        drop_prob: 1 - gamma of the paper, in [0, 1). A 0-d tensor, which is not checked, keeps
+            ``torch.compile`` from specialising on it.
+        block_size: side of the blocks; clamped to H and to W.
+        guide: ``"cam"``; or ``"avg"``, Table 2: J is the mean of the channels and alpha is each
+            channel's mean over the map.
+        channels: ``"dominant"``; or ``"all"``, Table 3: every channel is a candidate.
+        n_channels: n', how many channels are candidates: a number, C if that is less; or a fraction
+            of C (a float in (0, 1], Table 4), rounded down; None for C / 8. At least 1.
+        n_pixels: n, how many pixels are ranked: a number, all of them if that is more; None for
+            the paper's H W / (rows columns), rounded down.
+        rank: ``"valid"``: the n best of the valid seeds; ``"all"``: Eq. (9) to the letter, the n
+            best pixels, of which the valid ones are candidates. There may be none.
+        seed_rate: ``"candidates"``: drop_prob H W / (rows columns n), at most 1. This is the
+            paper's ``drop_prob`` at the default n, and Eq. (1) of DropBlock if n is all of the
+            valid seeds. ``"dropblock"``: that Eq. (1) whatever n, as in the authors' code.
+        training: if False, ``x`` is returned.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of ``x``; ``x`` itself if ``drop_prob`` is the
+        float 0. No gradient flows through J or alpha.
+
+    Raises:
+        ValueError: a setting is out of range, or ``x`` or ``alpha`` does not have its shape.
+    """
+    check_block_size(block_size)
+    _check_choices(guide=guide, channels=channels, rank=rank, seed_rate=seed_rate)
+    _check_numbers(n_channels, n_pixels)
+    if x.ndim != 4:
+        raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
+    if not isinstance(drop_prob, Tensor):
+        drop_prob = check_drop_prob(drop_prob)
+        if drop_prob == 0.0:
+            return x
+    if not training:
+        return x
+    size = (x.shape[2], x.shape[3])
+    block = clamp_block(block_size, size)
+    with torch.no_grad():
+        weights, intensity = guidance(x, alpha, guide)
+        pixels, n = candidate_pixels(intensity, block, n_pixels, rank)
+        chosen = None
+        if channels == "dominant":
+            chosen = highest(weights, dominant_channels(x.shape[1], n_channels))
+        if seed_rate == "dropblock":
+            rate = paper_rate(drop_prob, size, block_size)
+        else:
+            rate = drop_prob * (size[0] * size[1] / (block[0] * block[1] * n))
+        shape = (x.shape[0], x.shape[1] if chosen is None else chosen.shape[1], *size)
+        dropped = _draw_blocks(shape, pixels, rate, block, rank, x.device)
+        # Eq. (10), counted in float32 whatever the activations: float16 overflows at 65504 units
+        units = x.shape[1] * size[0] * size[1]
+        kept = units - dropped.sum((1, 2, 3), keepdim=True).float()
+        scale = units / kept.clamp(min=1.0)
+    return _apply_blocks(x, dropped, chosen, scale.to(x.dtype))
+
+
+def _draw_blocks(
+    shape: tuple[int, int, int, int],
+    pixels: Tensor | None,
+    rate: float | Tensor,
+    block: tuple[int, int],
+    rank: str,
+    device: torch.device,
+) -> Tensor:
+    """Blocks at seeds drawn with probability ``rate`` at the candidates, True inside of them.
+
+    Args:
+        shape: (B, n', H, W) of the result.
+        pixels: the candidates, places (B, n) of the seed grid, see
+            :func:`~timm_structdrop.layers._guide.candidate_pixels`; None for all of the grid.
+        rate: a float or a 0-d tensor; more than 1 is 1.
+        block: (rows, columns) of the blocks, at most (H, W).
+        rank: ``"valid"`` or ``"all"``, which seed grid it is.
+        device: of the result.
+    """
+    maps, (height, width) = shape[:2], shape[2:]
+    if rank == "valid":
+        height, width = height - block[0] + 1, width - block[1] + 1
+    n = height * width if pixels is None else pixels.shape[1]
+    # float32 whatever the activations: float16 uniforms would round the rate
+    seeds = torch.rand((*maps, n), device=device, dtype=torch.float32) < rate
+    if pixels is not None:
+        grid = seeds.new_zeros((*maps, height * width))
+        seeds = grid.scatter_(2, pixels[:, None].expand_as(seeds), seeds)
+    seeds = seeds.view(*maps, height, width)
+    return grow_blocks(seeds if rank == "valid" else inner_seeds(seeds, block), block)
+
+
+def _apply_blocks(x: Tensor, dropped: Tensor, chosen: Tensor | None, scale: Tensor) -> Tensor:
+    """``x * scale`` with zeros where units are dropped.
+
+    Args:
+        x: (B, C, H, W).
+        dropped: (B, n', H, W) bool.
+        chosen: the channel (B, n') of each of these maps; None if they are all C in order.
+        scale: (B, 1, 1, 1) in the dtype of ``x``.
+    """
+    if chosen is None:
+        return x * torch.where(dropped, 0.0, scale)
+    if not torch.compiler.is_compiling():
+        out: Tensor = _ScaleAndDrop.apply(x, dropped, chosen, scale)
+        return out
+    # for the compiler one pointwise expression: each map looks up its factors, the last of which
+    # are those of all maps that are not chosen
+    batch, n = chosen.shape
+    factors = torch.where(dropped, 0.0, scale)
+    factors = torch.cat([factors, scale.expand(-1, 1, *x.shape[2:])], 1)
+    numbers = torch.arange(n, device=x.device).expand(batch, n)
+    numbers = chosen.new_full(x.shape[:2], n).scatter(1, chosen, numbers)
+    return x * factors.gather(1, numbers[:, :, None, None].expand_as(x))
+
+
+class _ScaleAndDrop(torch.autograd.Function):
+    """See :func:`_apply_blocks`; it writes the chosen maps only, and keeps no mask of all maps."""
+
+    @staticmethod
+    def forward(x: Tensor, dropped: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
+        out = x * scale
+        rows = torch.arange(len(chosen), device=x.device)[:, None]
+        out[rows, chosen] = out[rows, chosen].masked_fill_(dropped, 0.0)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _ScaleAndDrop.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def _check_choices(**settings: str) -> None:
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            valid = " or ".join(map(repr, CHOICES[name]))
+            raise ValueError(f"{name} must be {valid}; got {value!r}")
+
+
+def _check_numbers(n_channels: int | float | None, n_pixels: int | None) -> None:
+    fraction = isinstance(n_channels, float)
+    if n_channels is not None and not (0.0 < n_channels <= 1.0 if fraction else n_channels >= 1):
+        raise ValueError(
+            "n_channels must be an integer of at least 1, a fraction of the channels in (0, 1] or "
+            f"None; got {n_channels}"
+        )
+    if n_pixels is not None and (n_pixels != int(n_pixels) or n_pixels < 1):
+        raise ValueError(f"n_pixels must be an integer of at least 1 or None; got {n_pixels}")
+
+
+@register(
+    "camdrop",
+    summary="drops blocks where the target's class activation map is highest",
+    paper="Wang et al. 2019, doi:10.1145/3357384.3357999",
+)
+class CamDrop2d(StructDropLayer):
+    """CamDrop: see :func:`cam_drop_2d`.
+
+    A training task gives the layer each batch's target through :meth:`set_cam`; a forward in
+    training without it is guided by averages (``guide="avg"``), and says so once.
+
+    Args:
+        drop_prob: 1 - gamma of the paper, in [0, 1).
+        block_size: side of the blocks; clamped to the map.
+        guide: ``"cam"`` or ``"avg"``.
+        channels: ``"dominant"`` or ``"all"``.
+        n_channels: candidate channels: a number, a fraction (float), or None for an eighth.
+        n_pixels: ranked pixels; None for as many as blocks have room.
+        rank: ``"valid"`` or ``"all"``.
+        seed_rate: ``"candidates"`` or ``"dropblock"``.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    needs_target = True
+
+    def __init__(
+        self,
+        drop_prob: float = 0.1,
+        block_size: int = 7,
+        guide: str = "cam",
+        channels: str = "dominant",
+        n_channels: int | float | None = None,
+        n_pixels: int | None = None,
+        rank: str = "valid",
+        seed_rate: str = "candidates",
+    ) -> None:
+        super().__init__(drop_prob)
+        _check_choices(guide=guide, channels=channels, rank=rank, seed_rate=seed_rate)
+        _check_numbers(n_channels, n_pixels)
+        self.block_size = check_block_size(block_size)
+        self.guide = guide
+        self.channels = channels
+        self.n_channels = n_channels
+        self.n_pixels = n_pixels
+        self.rank = rank
+        self.seed_rate = seed_rate
+        self.needs_target = guide == "cam"
+        self.cam: Tensor | None = None
+        self._told = guide == "avg"
+
+    def set_cam(self, alpha: Tensor | None) -> None:
+        """The classifier's weights of the coming batch's targets, (B, C'); None forgets them."""
+        self.cam = None if alpha is None else alpha.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_off():
+            return x
+        if self.cam is None and not self._told:
+            self._tell()
+        return cam_drop_2d(
+            x,
+            self.cam,
+            self.live_rate(),
+            self.block_size,
+            "avg" if self.cam is None else self.guide,
+            self.channels,
+            self.n_channels,
+            self.n_pixels,
+            self.rank,
+            self.seed_rate,
+        )
+
+    def _tell(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._told = True
+        warnings.warn(
+            "CamDrop2d: no target was given to this forward in training, so averages guide it "
+            "(guide='avg'); train with timm_structdrop.training.StructDropTask",
+            stacklevel=3,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cam": None}  # a copy made in mid-step does not keep the target
