@@ -6,9 +6,11 @@ with seeds drawn independently at rate gamma the expected fraction dropped is
     p = mean over the map of 1 - (1 - gamma)^n(i, j).
 
 With t = -log(1 - gamma) and q(t) = mean of exp(-n t), the kept fraction, this is
-log q(t) = log(1 - p). The left side is convex and decreasing in t, so Newton's iteration from t = 0
-rises monotonically to the only root: no bracket and no case can fail, and a fixed number of
-iterations serves where shapes and control flow may not depend on data.
+log q(t) = log(1 - p). The left side is minus a cumulant generating function: its slope is minus the
+mean mu of n weighted by exp(-n t), and its curvature the variance v. With h = log q(t) - log(1 - p)
+the step a (1 + a v / (2 mu)), a = h / mu, is Chebyshev's, of third order: from t = 0 it reaches
+float64 in so few steps that a fixed number of them serves where control flow may not depend on
+data.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from timm_structdrop.layers._base import check_drop_prob
 
 __all__ = ["check_block_size", "paper_rate", "seed_rate", "seed_rate_tensor"]
 
-# Newton's iteration was seen to need 10 steps at most, over maps up to 224 x 224, blocks up to 300
-# and p from 1e-12 to 1 - 1e-12
-STEPS = 12
+# 4 steps were seen to reach 2e-11 over maps up to 224 x 224, blocks up to 150 and p up to 1 - 1e-6
+STEPS = 4
+MAX_STEPS = 30
 
 
 def check_block_size(block_size: int) -> int:
@@ -81,15 +83,14 @@ def seed_rate(p: float, size: tuple[int, int], block_size: int = 7, seeds: str =
 
 
 def paper_rate(p: float | Tensor, size: tuple[int, int], block_size: int = 7) -> float | Tensor:
-    """Eq. (1) of DropBlock on H x W maps, at most 1, for a float or a 0-d tensor ``p``.
+    """Eq. (1) of DropBlock on H x W maps, for a float or a 0-d tensor ``p``; at most ``p``.
 
     It ignores that blocks overlap, so that fewer than ``p`` of the units are dropped.
     """
     height, width = size
     block_h, block_w = min(block_size, height), min(block_size, width)
     seeds = (height - block_h + 1) * (width - block_w + 1)
-    rate = p * (height * width / (block_h * block_w * seeds))
-    return rate.clamp(max=1.0) if isinstance(rate, Tensor) else min(rate, 1.0)
+    return p * (height * width / (block_h * block_w * seeds))
 
 
 def seed_rate_tensor(
@@ -108,19 +109,26 @@ def seed_rate_tensor(
     """
     dtype = torch.float32 if p.device.type == "mps" else torch.float64
     rows, row_weights = _axis_tensors(size[0], block_size, seeds, p.device, dtype)
-    cols, col_weights = _axis_tensors(size[1], block_size, seeds, p.device, dtype)
-    n = (rows[:, None] * cols).flatten()
-    weights = (row_weights[:, None] * col_weights).flatten()
-    p = p.to(dtype)
-    target = torch.log1p(-p)
-    t = -target / (weights * n).sum()
+    cols, col_weights = rows, row_weights
+    if size[1] != size[0]:
+        cols, col_weights = _axis_tensors(size[1], block_size, seeds, p.device, dtype)
+    minus_n = torch.outer(-rows, cols).flatten()
+    weights = torch.outer(row_weights, col_weights).flatten()
+    slopes = weights * minus_n
+    moments = torch.stack([weights, slopes, slopes * minus_n])
+    at_zero = moments.sum(1)
+    target = torch.log1p(-p.to(dtype))
+    t = _chebyshev_step(-target, *at_zero.unbind())
     for _ in range(STEPS):
-        kept = weights * torch.exp(-n * t)
-        log_kept = torch.where(
-            p < 0.5, torch.log1p((weights * torch.expm1(-n * t)).sum()), torch.log(kept.sum())
-        )
-        t = t + (log_kept - target) * kept.sum() / (n * kept).sum()
+        change = (moments * torch.expm1(minus_n * t)).sum(1)
+        t = t + _chebyshev_step(torch.log1p(change[0]) - target, *(at_zero + change).unbind())
     return -torch.expm1(-t)
+
+
+def _chebyshev_step(h: Tensor, kept: Tensor, slope: Tensor, square: Tensor) -> Tensor:
+    """The step at h, from the sums of w, -n w and n^2 w with w = exp(-n t)."""
+    newton = -h * kept / slope
+    return newton * (1.0 + newton * 0.5 * (slope / kept - square / slope))
 
 
 @lru_cache(maxsize=4096)
@@ -128,16 +136,18 @@ def _solve(p: float, height: int, width: int, block_size: int, seeds: str) -> fl
     histogram = _histogram(height, width, block_size, seeds)
     target = math.log1p(-p)
     t = 0.0
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
         kept = [(n, weight * math.exp(-n * t)) for n, weight in histogram]
         total = math.fsum(k for _, k in kept)
+        mean = math.fsum(n * k for n, k in kept) / total
+        variance = math.fsum((n - mean) ** 2 * k for n, k in kept) / total
         if p < 0.5:
             log_kept = math.log1p(math.fsum(w * math.expm1(-n * t) for n, w in histogram))
         else:
             log_kept = math.log(total)
-        step = (log_kept - target) * total / math.fsum(n * k for n, k in kept)
-        t += step
-        if step <= 1e-15 * t:
+        newton = (log_kept - target) / mean
+        t += newton * (1.0 + newton * variance / (2.0 * mean))
+        if abs(newton) <= 1e-15 * t:
             break
     return -math.expm1(-t)
 

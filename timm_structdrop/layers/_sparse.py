@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["draw_seeds", "drop_sparse_blocks"]
 
@@ -154,12 +153,12 @@ def _zero_blocks(x: Tensor, maps: Tensor, places: Tensor, block: tuple[int, int]
 
 
 class _MultiplyMaps(torch.autograd.Function):
-    """Each map of x (B, C, H, W), contiguous, times one of the masks (K, 1, H, W)."""
+    """Each map of x (B, C, H, W) times one of the masks (K, 1, H, W): linear, its own adjoint."""
 
     @staticmethod
     def forward(x: Tensor, masks: Tensor, numbers: Tensor) -> Tensor:
-        # a view as the output would forbid the in-place additions of residual networks
-        out = torch.empty_like(x)
+        # a view as the output would forbid the in-place additions and activations of networks
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.index_select(masks, 0, numbers, out=out.view(len(numbers), 1, *x.shape[2:]))
         return out.mul_(x)
 
@@ -168,14 +167,12 @@ class _MultiplyMaps(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        masks, numbers = ctx.saved_tensors
-        return masks.index_select(0, numbers).view(grad.shape).mul_(grad), None, None
+        return _MultiplyMaps.apply(grad, *ctx.saved_tensors), None, None
 
 
 class _ZeroBlocks(torch.autograd.Function):
-    """``x * scale`` with zeros in blocks, in the memory format of x."""
+    """``x * scale`` with zeros in blocks, in the memory format of x: linear, its own adjoint."""
 
     @staticmethod
     def forward(
@@ -189,7 +186,6 @@ class _ZeroBlocks(torch.autograd.Function):
         ctx.save_for_backward(maps, places)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        maps, places = ctx.saved_tensors
-        return _zero_blocks(grad * ctx.scale, maps, places, ctx.block), None, None, None, None
+        out = _ZeroBlocks.apply(grad, *ctx.saved_tensors, ctx.block, ctx.scale)
+        return out, None, None, None, None

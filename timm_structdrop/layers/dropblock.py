@@ -65,11 +65,12 @@ def drop_block_2d(
     block = clamp_block(block_size, size)
     rate: float | Tensor
     if gamma == "paper":
-        rate = gamma_scale * paper_rate(drop_prob, size, block_size)
+        rate = paper_rate(drop_prob, size, block_size)
     elif isinstance(drop_prob, Tensor):
-        rate = gamma_scale * seed_rate_tensor(drop_prob, size, block_size)
+        rate = seed_rate_tensor(drop_prob, size, block_size)
     else:
-        rate = gamma_scale * seed_rate(drop_prob, size, block_size)
+        rate = seed_rate(drop_prob, size, block_size)
+    rate = rate * gamma_scale
     if not couple_channels and isinstance(rate, float) and _is_sparse(x, block, rate):
         return drop_sparse_blocks(x, block, rate)
     return drop_dense_blocks(x, block, rate, couple_channels)
