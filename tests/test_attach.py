@@ -7,13 +7,14 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_structdrop
 from timm_structdrop import attach, restore, set_drop_prob
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropBlock2d, DropCluster2d
-from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.models.placement import paper_schedule, structdrop_layers
 
 # one small model of each family, and a size that gives every stage a map of several pixels
 FAMILIES = {
@@ -220,3 +221,34 @@ def test_set_drop_prob_on_a_model_without_layers():
 def test_the_public_names():
     assert {"dropcluster", "dropblock", "dropout"} <= set(timm_structdrop.regularizers)
     assert issubclass(timm_structdrop.regularizers["dropblock"].layer, nn.Module)
+
+
+def test_the_papers_schedule_is_the_default():
+    model = timm.create_model("resnet18")
+    assert paper_schedule(model) == "constant"
+    attach(model, "dropblock")
+    assert paper_schedule(model) == "linear"
+    attach(model, "dropcluster", img_size=64)
+    assert paper_schedule(model) == "constant"
+
+
+def test_an_averaged_copy_of_an_attached_model_follows_it():
+    model = attach(timm.create_model("resnet18", num_classes=3), "dropcluster", img_size=64)
+    ema = ModelEmaV3(model, decay=0.0)
+    model.act1.dropcluster.request_fit(at=1)
+    model.train()(torch.randn(4, 3, 64, 64))
+    ema.update(model)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ema.module.eval()(x), model.eval()(x))
+
+
+def test_features_of_an_attached_model_contain_the_regularizer():
+    model = timm.create_model(
+        "structdrop_attached",
+        base="regnety_002",
+        regularizers=[{"name": "dropblock", "stages": [4], "drop_prob": 0.5}],
+        features_only=True,
+    ).train()
+    x = torch.randn(2, 3, 64, 64)
+    first, second = model(x), model(x)
+    assert not torch.equal(first[-1], second[-1])

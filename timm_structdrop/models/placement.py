@@ -26,6 +26,7 @@ __all__ = [
     "PLACEMENT_KEYWORDS",
     "Placement",
     "check_settings",
+    "paper_schedule",
     "place",
     "set_drop_prob",
     "structdrop_layers",
@@ -45,12 +46,15 @@ class Placement:
         last_stages: how many stages, counted from the deepest; 0 means all.
         summary: the same in words.
         early: settings of the layers in all but the deepest of these stages.
+        schedule: the paper's drop schedule, a shape of
+            :class:`timm_structdrop.training.DropSchedule`.
     """
 
     where: tuple[str, ...]
     last_stages: int
     summary: str
     early: tuple[tuple[str, Any], ...] = ()
+    schedule: str = "constant"
 
 
 PLACEMENTS: dict[str, Placement] = {
@@ -61,6 +65,7 @@ PLACEMENTS: dict[str, Placement] = {
         "after every convolution and on the skips of the last two groups, "
         "gamma / 4 in the first of them",
         early=(("gamma_scale", 0.25),),
+        schedule="linear",
     ),
     "camdrop": Placement(
         ("skip_in", "conv", "last_conv"),
@@ -182,6 +187,14 @@ def set_drop_prob(model: nn.Module, drop_prob: float, include_timm: bool = False
 def structdrop_layers(model: nn.Module) -> Iterator[StructDropLayer]:
     """The regularizers of a model."""
     return (module for module in model.modules() if isinstance(module, StructDropLayer))
+
+
+def paper_schedule(model: nn.Module) -> str:
+    """The drop schedule of the papers for the regularizers of a model, a shape of
+    :class:`timm_structdrop.training.DropSchedule`; ``constant`` where they disagree."""
+    names = {layer.regularizer for layer in structdrop_layers(model)} & set(PLACEMENTS)
+    shapes = {PLACEMENTS[name].schedule for name in names}
+    return shapes.pop() if len(shapes) == 1 else "constant"
 
 
 def check_settings(layer: type[StructDropLayer], settings: Collection[str]) -> None:

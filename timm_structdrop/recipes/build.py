@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import DropCluster2d
-from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.models.placement import paper_schedule, structdrop_layers
 from timm_structdrop.models.structdrop_attached import attach
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.recipes.parser import parse_structdrop
@@ -143,10 +143,10 @@ def build_task(
         UserError: the drop schedule or the refits do not fit the model or the epochs.
     """
     schedule = refits = None
-    if flags.drop_schedule != "constant" or list(structdrop_layers(model)):
+    if flags.drop_schedule or list(structdrop_layers(model)):
         schedule = DropSchedule(
             model,
-            flags.drop_schedule,
+            flags.drop_schedule or paper_schedule(model),
             total_updates=epochs * updates_per_epoch,
             start_update=round(flags.drop_schedule_start * updates_per_epoch),
         )

@@ -186,9 +186,9 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--drop-block", type=float, metavar="P", help="rate of the structured layers")
     add(
         "--drop-schedule",
-        default="constant",
         choices=tuple(schedule_shapes),
-        help="how the rate of the structured layers moves over training",
+        help="how the rate of the structured layers moves over training; the paper's if not given "
+        "(linear for DropBlock, constant for the others)",
     )
     add(
         "--drop-schedule-start",
