@@ -74,6 +74,7 @@ def test_every_number_of_the_position_matters():
     base = alone(7, 3, 0)[:, 1:]
     for other in (alone(8, 3, 0), alone(7, 4, 0), alone(7, 3, 1)):
         assert (base != other[:, 1:]).all()
+    assert (alone(8, 3)[:, 1:] != alone(7, 4)[:, 1:]).all()
     assert len(base.flatten().unique()) == base.numel()
 
 
