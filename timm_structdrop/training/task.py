@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.schedule import DropSchedule
+from timm_structdrop.training.targets import TargetGuide
 
 __all__ = ["StructDropTask"]
 
 
 class StructDropTask(ClassificationTask):
-    """timm's classification task that also drives the drop schedule and the cluster refits.
+    """timm's classification task that also drives the drop schedule and the cluster refits, and
+    tells CamDrop layers the target.
 
     In a loop of one's own::
 
@@ -32,6 +34,9 @@ class StructDropTask(ClassificationTask):
         schedule: moves the drop rates; None leaves them at their targets.
         refits: when DropCluster layers fit their clusters; None leaves that to the layers.
         task_settings: further keywords of ``timm.task.ClassificationTask`` (device, dtype, ...).
+
+    Raises:
+        UserError: the model has CamDrop guided by the target and no linear classifier.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class StructDropTask(ClassificationTask):
         super().__init__(model, criterion, **task_settings)
         self.schedule = schedule
         self.refits = refits
+        self.targets = TargetGuide(model)
         self.is_compiled = False
 
     def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -66,14 +72,23 @@ class StructDropTask(ClassificationTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) and their target to ``{"loss": ..., "output": logits}``.
 
+        The target is class indices (B,) or class weights (B, classes), whatever the loss takes.
         The forward in which clusters are fitted runs without ``torch.compile``'s code, which
         cannot hold a fit.
         """
         if self.refits is None or not self.refits.pending:
-            return self.step(input, target)
+            return self._guided_step(input, target)
         with self._eager():
-            result = self.step(input, target)
+            result = self._guided_step(input, target)
         self.refits.done()
+        return result
+
+    def _guided_step(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if not self.targets.layers:
+            return self.step(input, target)
+        with self.targets.given(target, len(input)) as alpha:
+            result = self.step(input, target)
+        self.targets.recall(alpha, result["loss"])
         return result
 
     def step(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:

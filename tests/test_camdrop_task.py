@@ -1,0 +1,312 @@
+"""The way of the target through the task to CamDrop layers, and that it stays nowhere."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import timm_structdrop  # noqa: F401  registers the models
+from timm_structdrop import attach
+from timm_structdrop.errors import UserError
+from timm_structdrop.layers import CamDrop2d
+from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.training import DropSchedule, StructDropTask
+from timm_structdrop.training.targets import classifier_weight, target_weights
+
+CLASSES = 5
+
+
+def build(seed=0, **settings):
+    """A model with CamDrop, one batch, and a list that collects what each layer sees."""
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        "resnet8_camdrop", num_classes=CLASSES, **{"keep_prob": 0.6, **settings}
+    )
+    nn.init.normal_(model.fc.weight)
+    images, target = torch.randn(4, 3, 16, 16), torch.randint(0, CLASSES, (4,))
+    return model.train(), images, target, watch(model)
+
+
+def watch(model):
+    seen = []
+    for layer in structdrop_layers(model):
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.cam))
+    return seen
+
+
+def is_forgotten(model):
+    return all(layer.cam is None for layer in structdrop_layers(model))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_each_layer_sees_the_row_of_each_class_and_forgets_it():
+    model, images, target, seen = build()
+    task = StructDropTask(model)
+    loss = task(images, target)["loss"]
+    assert len(seen) == len(list(structdrop_layers(model))) == 9
+    expected = torch.stack([model.fc.weight[int(label)] for label in target])
+    assert all(torch.equal(cam, expected) and not cam.requires_grad for cam in seen)
+    assert is_forgotten(model)
+    loss.backward()
+    assert is_forgotten(model)
+    assert len(seen) == 9
+
+
+def test_soft_targets_weigh_the_rows():
+    torch.manual_seed(0)
+    weight, target = torch.randn(CLASSES, 7), torch.randn(4, CLASSES).softmax(1)
+    expected = torch.zeros(4, 7)
+    for b in range(4):
+        for k in range(CLASSES):
+            expected[b] += target[b, k] * weight[k]
+    torch.testing.assert_close(target_weights(weight, target, 4), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(target_weights(weight, target, 4), expected)
+
+
+def test_one_hot_targets_are_class_indices():
+    results = []
+    for hot in (False, True):
+        model, images, target, _ = build()
+        task = StructDropTask(model, SoftTargetCrossEntropy() if hot else nn.CrossEntropyLoss())
+        torch.manual_seed(1)
+        result = task(images, nn.functional.one_hot(target, CLASSES).float() if hot else target)
+        result["loss"].backward()
+        results.append((result["output"].detach(), gradients(model)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_mixup_and_label_smoothing_reach_the_layers():
+    model, images, target, seen = build()
+    mixup = Mixup(mixup_alpha=1.0, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
+    torch.manual_seed(2)
+    images, soft = mixup(images, target)
+    StructDropTask(model, SoftTargetCrossEntropy())(images, soft)
+    torch.testing.assert_close(seen[0], soft @ model.fc.weight.detach())
+
+
+def test_the_target_decides_what_is_dropped():
+    outs = []
+    for shift in (0, 1):
+        model, images, target, _ = build()
+        torch.manual_seed(1)
+        outs.append(StructDropTask(model)(images, (target + shift) % CLASSES)["output"])
+    assert not torch.allclose(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("frozen", ["", "conv1", "layer1"])
+def test_checkpointing_gives_the_gradients_of_the_plain_step(frozen):
+    """The recomputed forwards are guided too: averages would warn, and drop other blocks."""
+    results = []
+    for checkpointing in (False, True):
+        model, images, target, seen = build()
+        model.set_grad_checkpointing(checkpointing)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+        task = StructDropTask(model)
+        for seed in (1, 2):  # gradients accumulate
+            torch.manual_seed(seed)
+            task(images, target.roll(seed))["loss"].backward()
+            assert is_forgotten(model)
+        results.append(gradients(model))
+        assert None not in seen
+        assert len(seen) == (36 if checkpointing else 18)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_an_evaluation_between_forward_and_backward_changes_nothing():
+    results = []
+    for between in (False, True):
+        model, images, target, _ = build()
+        model.set_grad_checkpointing(True)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+        torch.manual_seed(1)
+        loss = StructDropTask(model)(images, target)["loss"]
+        if between:
+            model.eval()(images[:2])
+            model.train()
+        loss.backward()
+        results.append(gradients(model))
+        assert is_forgotten(model)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_an_exception_in_the_forward_leaves_nothing():
+    model, images, target, seen = build()
+
+    def broken_loss(output, target):
+        raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        StructDropTask(model, broken_loss)(images, target)
+    assert seen[0] is not None
+    assert is_forgotten(model)
+
+
+def test_an_exception_in_the_backward_is_over_at_the_next_step():
+    model, images, target, seen = build()
+    task = StructDropTask(model)
+
+    def stop(gradient):
+        raise RuntimeError("no gradient")
+
+    handle = model.layer2[0].conv1.weight.register_hook(stop)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        task(images, target)["loss"].backward()
+    handle.remove()
+    del seen[:]
+    task(images[:3], target[:3])["loss"].backward()
+    assert all(len(cam) == 3 for cam in seen)
+    assert is_forgotten(model)
+
+
+def test_a_forward_outside_of_the_task_is_not_guided():
+    model, images, target, seen = build()
+    StructDropTask(model)(images, target)["loss"].backward()
+    del seen[:]
+    with pytest.warns(UserWarning, match="no target was given"):
+        model(images)
+    assert set(seen) == {None}
+
+
+def test_two_models_do_not_mix():
+    first, images, target, seen_first = build(seed=0)
+    second, _, _, seen_second = build(seed=1)
+    for model in (first, second):
+        model.set_grad_checkpointing(True)
+    losses = [StructDropTask(model)(images, target)["loss"] for model in (first, second)]
+    for loss in losses:
+        loss.backward()
+    for model, seen in ((first, seen_first), (second, seen_second)):
+        assert len(seen) == 18
+        assert all(torch.equal(cam, model.fc.weight[target]) for cam in seen)
+        assert is_forgotten(model)
+
+
+def test_one_graph_serves_every_step():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    torch.manual_seed(0)
+    model = timm.create_model("resnet8_camdrop", num_classes=CLASSES, keep_prob=0.6).train()
+    task = StructDropTask(model, schedule=DropSchedule(model, "linear", total_updates=4))
+    task.compile(backend=counter, fullgraph=True)
+    for update in range(5):
+        task.begin_update(update)
+        images, target = torch.randn(4, 3, 16, 16), torch.randint(0, CLASSES, (4,))
+        task(images, target)["loss"].backward()
+        assert is_forgotten(model)
+    assert counter.frame_count == 1
+
+
+def test_averaged_copies_and_autocast():
+    model, images, target, seen = build()
+    task = StructDropTask(model)
+    task.setup_ema(decay=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = task(images, target)["loss"]
+    loss.backward()
+    task.update_ema(step=1)
+    assert all(torch.equal(cam, model.fc.weight[target]) for cam in seen)
+    assert is_forgotten(task.trainable_module_ema.module)
+    assert is_forgotten(copy.deepcopy(task).trainable_module)
+
+
+def test_in_distributed_training(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        results = []
+        for distributed in (False, True):
+            model, images, target, seen = build()
+            task = StructDropTask(model)
+            if distributed:
+                task.prepare_distributed()
+            torch.manual_seed(1)
+            task(images, target)["loss"].backward()
+            assert len(seen) == 9 and None not in seen
+            assert is_forgotten(model)
+            results.append(gradients(model))
+        torch.testing.assert_close(results[0], results[1])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_any_timm_cnn_can_be_guided():
+    model = attach(timm.create_model("mobilenetv3_small_050", num_classes=CLASSES), "camdrop")
+    seen = watch(model.train())
+    task = StructDropTask(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task(torch.randn(4, 3, 64, 64), torch.arange(4))["loss"].backward()
+    assert seen and None not in seen
+
+
+class Net(nn.Module):
+    """A CNN of one convolution with a classifier of the test's choice."""
+
+    def __init__(self, classifier, guide="cam"):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.camdrop = CamDrop2d(0.3, block_size=3, guide=guide)
+        self.classifier = classifier
+
+    def get_classifier(self):
+        return self.classifier
+
+    def forward(self, x):
+        x = self.camdrop(self.conv(x)).mean((2, 3), keepdim=True)
+        return self.classifier(x if isinstance(self.classifier, nn.Conv2d) else x.flatten(1))
+
+
+def test_a_1x1_convolution_is_a_linear_classifier():
+    model = Net(nn.Conv2d(8, CLASSES, 1))
+    expected = model.classifier.weight.detach().squeeze()
+    assert torch.equal(classifier_weight(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "found"),
+    [
+        (nn.Identity(), r"Net has Identity\(\)"),
+        (nn.Sequential(nn.Linear(8, 5), nn.ReLU()), r"Net has Sequential\("),
+        (nn.Conv2d(8, 5, 3), r"Net has Conv2d\(8, 5, kernel_size=\(3, 3\)"),
+    ],
+)
+def test_a_model_without_a_linear_classifier_is_refused(classifier, found):
+    with pytest.raises(UserError, match=rf"nn\.Linear or a 1x1 nn\.Conv2d; {found}"):
+        StructDropTask(Net(classifier))
+    StructDropTask(Net(classifier, guide="avg"))
+    with pytest.raises(UserError, match="Sequential has no get_classifier"):
+        StructDropTask(nn.Sequential(nn.Conv2d(3, 8, 3), CamDrop2d()))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(3, dtype=torch.long), r"with B = 4 and K = 5; got torch.int64 \(3,\)"),
+        (torch.zeros(4), r"with B = 4 and K = 5; got torch.float32 \(4,\)"),
+        (torch.zeros(4, 6), r"with B = 4 and K = 5; got torch.float32 \(4, 6\)"),
+        (torch.zeros((), dtype=torch.long), r"with B = 4 and K = 5; got torch.int64 \(\)"),
+        (torch.tensor([0, 1, 5, 2]), r"classes in \[0, 4\]; got values from 0 to 5"),
+        (torch.tensor([0, 1, -1, 2]), r"classes in \[0, 4\]; got values from -1 to 2"),
+        (torch.full((4, 5), 1.5), r"weights in \[0, 1\]; got values from 1.5 to 1.5"),
+        (torch.full((4, 5), float("nan")), r"weights in \[0, 1\]; got values from nan to nan"),
+    ],
+)
+def test_targets_that_do_not_fit(target, message):
+    model, images, _, _ = build()
+    with pytest.raises(UserError, match=message):
+        StructDropTask(model)(images, target)
+    assert is_forgotten(model)
