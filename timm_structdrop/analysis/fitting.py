@@ -1,0 +1,76 @@
+"""Fitting a model's DropCluster layers on one mini-batch, outside of any training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_structdrop.analysis.maps import cluster_layers, unchanged
+from timm_structdrop.errors import UserError
+
+__all__ = ["fit_clusters"]
+
+
+class _Stop(Exception):
+    """Ends the forward pass after the last DropCluster layer."""
+
+
+def fit_clusters(model: nn.Module, images: Tensor, at: int = 0) -> dict[str, dict[str, Any]]:
+    """Fit every DropCluster layer of a model on one mini-batch of images.
+
+    The activations are those of a training step: one forward pass in training mode, so batch norms
+    normalise by the batch and, with several layers, each sees what the ones before it leave over.
+    Nothing but the layers' clusters changes: running statistics and training flags are put back.
+
+    Args:
+        model: with at least one ``DropCluster2d``.
+        images: (B, C, H, W), normalised.
+        at: what to record as the time of the fit.
+
+    Returns:
+        ``DropCluster2d.last_fit`` by place: clusters, channels, unstructured channels, seconds.
+
+    Raises:
+        UserError: the model has no such layer, or one of them finds no clusters (activations that
+            are not finite, or no channel with structure).
+    """
+    layers = cluster_layers(model)
+    if not layers:
+        raise UserError(
+            f"a model to fit must have a DropCluster layer; {type(model).__name__} has none"
+        )
+    passed: set[nn.Module] = set()
+    handles = []
+
+    def stop_after_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passed.add(module)
+        if len(passed) == len(layers):
+            raise _Stop
+
+    weight = next(model.parameters())
+    with unchanged(model), warnings.catch_warnings(record=True) as refusals, torch.no_grad():
+        warnings.simplefilter("always")
+        try:
+            model.train()
+            for layer in layers.values():
+                layer.last_fit = None
+                layer.request_fit(at)
+                handles.append(layer.register_forward_hook(stop_after_last))
+            model(images.to(device=weight.device, dtype=weight.dtype))
+        except _Stop:
+            pass
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    facts = {}
+    for name, layer in layers.items():
+        if layer.last_fit is None:
+            reasons = "; ".join(str(refusal.message) for refusal in refusals) or "it never ran"
+            raise UserError(f"{name} must have activations with clusters; {reasons}")
+        facts[name] = layer.last_fit
+    return facts
