@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_structdrop.cluster import _features, _graph, rena
+from timm_structdrop.cluster import NotFiniteError, _features, _graph, rena
 
 
 def smooth_activations(batch, channels, height, width, seed=0):
@@ -428,18 +428,20 @@ def test_errors_state_the_rule_and_the_value(activations, n_clusters, message):
 def test_values_that_are_not_finite(value, dtype):
     activations = torch.rand(2, 9, 4, 4).to(dtype)
     activations[1, [3, 7], 2, 2] = value
-    with pytest.raises(ValueError, match=r"got NaN or Inf in 2 of 9 channels: 3, 7$"):
+    with pytest.raises(NotFiniteError, match=r"got NaN or Inf in 2 of 9 channels: 3, 7$"):
         rena(activations, 4)
     activations[0, :6, 1, 1] = value
-    with pytest.raises(ValueError, match=r"in 7 of 9 channels: 0, 1, 2, 3, 4, \.\.\.$"):
+    with pytest.raises(NotFiniteError, match=r"in 7 of 9 channels: 0, 1, 2, 3, 4, \.\.\.$"):
         rena(activations, 4)
 
 
-def test_dead_channels_take_no_rounds():
+def test_unstructured_channels_are_known_before_the_first_round():
     activations = smooth_activations(16, 32, 16, 16)
     activations[:, ::2] = 0
     activations[:, 1, :8] = 0
+    expected = slow_components(activations[:, 1])
     with CountOperations() as counter:
-        result = rena(activations, 15)
-    assert (~result.structured).sum() == 17
-    assert counter.count < 1000
+        result = rena(activations, 15, max_rounds=1)
+    assert result.n_found[:3].tolist() == [256, max(expected) + 1, 256]
+    assert result.labels[1].flatten().tolist() == expected
+    assert counter.count < 500

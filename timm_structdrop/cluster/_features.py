@@ -19,6 +19,10 @@ _CPU_BLOCK = 2**19
 _ACCELERATOR_BLOCK = 2**27
 
 
+class NotFiniteError(ValueError):
+    """Activations with NaN or infinite values, which cannot be clustered."""
+
+
 class PixelFeatures:
     """Activations as one feature vector of length B for each of the C * H * W pixels.
 
@@ -26,7 +30,7 @@ class PixelFeatures:
         activations: (B, C, H, W), floating point.
 
     Raises:
-        ValueError: If a channel has a value that is not finite.
+        NotFiniteError: If a channel has a value that is not finite.
     """
 
     def __init__(self, activations: Tensor) -> None:
@@ -139,7 +143,7 @@ def _power_of_two_scale(activations: Tensor, dtype: torch.dtype) -> Tensor:
     bad = (~largest.isfinite()).nonzero().squeeze(1).tolist()
     if bad:
         first = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(
+        raise NotFiniteError(
             "activations must be finite; got NaN or Inf in "
             f"{len(bad)} of {len(largest)} channels: {first}"
         )

@@ -45,8 +45,9 @@ def rena(activations: Tensor, n_clusters: int, max_rounds: int = 1000) -> ReNARe
             unstructured. Each round at least halves the clusters that have an edge.
 
     Raises:
-        ValueError: If an argument is out of range, the activations are not (B, C, H, W) with
-            B, C >= 1, or a channel has a NaN or an infinite value.
+        ValueError: If an argument is out of range or the activations are not floating point of
+            shape (B, C, H, W) with B, C >= 1.
+        NotFiniteError: A ValueError, if a channel has a NaN or an infinite value.
     """
     _check(activations, n_clusters, max_rounds)
     pixels = _features.PixelFeatures(activations)
