@@ -249,6 +249,8 @@ def test_adjusted_rand_index_of_small_integers_and_single_pixels():
     ]
     assert adjusted_rand_index(a, b).tolist() == pytest.approx(expected, abs=1e-12)
     assert adjusted_rand_index(a[:, :1, :1], b[:, :1, :1]).tolist() == [1, 1, 1]
+    renumbered = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0]])
+    assert adjusted_rand_index(renumbered, 1 - renumbered).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
