@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timm_structdrop.cluster import ReNAResult, adjusted_rand_index, rena, spatial_hopkins
+from timm_structdrop.cluster import (
+    NotFiniteError,
+    ReNAResult,
+    adjusted_rand_index,
+    rena,
+    spatial_hopkins,
+)
 from timm_structdrop.layers._base import StructDropLayer
 from timm_structdrop.layers._mask import apply_mask
 from timm_structdrop.layers._registry import register
@@ -244,13 +250,11 @@ class DropCluster2d(StructDropLayer):
                 f"got {tuple(activations.shape)}"
             )
         started = time.perf_counter()
-        if not bool(torch.isfinite(activations).all()):
-            warnings.warn(
-                "DropCluster2d: the activations hold NaN or Inf; the old clusters are kept",
-                stacklevel=2,
-            )
+        try:
+            result = rena(activations, self.n_clusters)
+        except NotFiniteError as error:
+            warnings.warn(f"DropCluster2d: {error}; the old clusters are kept", stacklevel=2)
             return None
-        result = rena(activations, self.n_clusters)
         structured = result.structured & self._hopkins_structured(activations, at)
         if not bool(structured.any()):
             warnings.warn(
