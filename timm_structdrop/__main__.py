@@ -9,6 +9,8 @@ from timm_structdrop.errors import run_command
 
 COMMANDS = {
     "list": "print the registered variants, the layers of a model, or the recipes",
+    "inspect": "histograms and pictures of a model's activations and clusters, with the numbers",
+    "fit": "fit the clusters of a DropCluster model on one mini-batch and save it",
 }
 
 

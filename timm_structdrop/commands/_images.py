@@ -1,0 +1,207 @@
+"""A model and images to run through it, from flags that the commands share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from timm_structdrop.data import create_dataset
+from timm_structdrop.errors import UserError
+from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkpoint
+from timm_structdrop.recipes import train_parser
+from timm_structdrop.recipes.build import build_model
+from timm_structdrop.recipes.build_data import input_settings
+from timm_structdrop.training import derive_seed, seed_everything
+
+__all__ = ["Subject", "add_subject_flags", "load_subject"]
+
+# Flags of train.py that a checkpoint's training decides, unless they are given.
+FROM_CHECKPOINT = (
+    "dataset",
+    "data",
+    "data_dir",
+    "class_map",
+    "input_key",
+    "target_key",
+    "img_size",
+    "input_size",
+    "in_chans",
+    "num_classes",
+    "model_kwargs",
+    "structdrop",
+    "drop_block",
+    "gp",
+    "mean",
+    "std",
+    "crop_pct",
+    "interpolation",
+)
+DATA_CONFIG = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a command works on.
+
+    Attributes:
+        name: the model's name.
+        model: in eval mode, on its device.
+        images: normalised, (N, C, H, W), on the CPU.
+        data: timm's data config of the images.
+        facts: where model and images come from, JSON-able.
+    """
+
+    name: str
+    model: nn.Module
+    images: Tensor
+    data: dict[str, Any]
+    facts: dict[str, Any]
+
+    def images_text(self) -> str:
+        channels, height, width = self.facts["input_size"]
+        return (
+            f"{self.facts['num_images']} {self.facts['split']} images of {self.facts['dataset']} "
+            f"({channels}x{height}x{width})"
+        )
+
+
+def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: int) -> None:
+    """The flags that :func:`load_subject` reads, with a command's own defaults for two of them."""
+    parser.add_argument("model", metavar="MODEL", help="any model of timm or of this package")
+    add = parser.add_argument_group("Model").add_argument
+    add("--checkpoint", default="", metavar="PATH", help="weights: a file, or the folder of a run")
+    add("--use-ema", action="store_true", help="the averaged weights of the checkpoint")
+    add("--pretrained", action="store_true", help="the model's pretrained weights")
+    add("--num-classes", type=int, metavar="N", help="labels; the model's default if not given")
+    add("--img-size", type=int, metavar="N", help="image size; the model's default if not given")
+    add("--in-chans", type=int, metavar="N", help="image channels; the model's default")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="key=value ...")
+    add(
+        "--structdrop",
+        action="append",
+        metavar="NAME:KEY=VALUE,...",
+        help="attach a regularizer to the model; may be repeated",
+    )
+    add("--drop-block", type=float, metavar="P", help="rate of the structured layers")
+    add("--device", metavar="NAME", help="cpu, cuda, ...; cuda where there is one, else cpu")
+    add = parser.add_argument_group("Images").add_argument
+    add("--dataset", metavar="NAME", help="digits, or timm's <type>/<name>; '' for a folder")
+    add("--data-dir", metavar="DIR", help="folder of the data")
+    add("--split", default=split, metavar="NAME", help=f"which images ({split} if not given)")
+    add(
+        "--num-images",
+        type=int,
+        default=num_images,
+        metavar="N",
+        help=f"images drawn from the split ({num_images} if not given)",
+    )
+    add("--seed", type=int, default=42, metavar="S", help="of everything random (42)")
+
+
+def load_subject(args: argparse.Namespace) -> Subject:
+    """Build the model, load its weights, draw the images.
+
+    What is not given as a flag (data set, image size, classes, the model's settings) is taken from
+    the settings a checkpoint was trained with.
+
+    Raises:
+        UserError: a flag does not fit the model, or a file is not there or not right.
+    """
+    if args.num_images < 1:
+        raise UserError(f"--num-images must be at least 1; got {args.num_images}")
+    if args.checkpoint and args.pretrained:
+        raise UserError("weights come from --checkpoint or from --pretrained; got both")
+    device = _device(args.device)
+    checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
+    flags = _with_training_flags(args, checkpoint)
+    seed_everything("model", flags.seed)
+    model = build_model(flags)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, flags.model)
+    data = _data_config(flags, model)
+    images = _draw_images(flags, data)
+    model = model.to(device).eval()
+    weights = str(checkpoint.path) if checkpoint else "pretrained" if flags.pretrained else "random"
+    facts = {
+        "model": flags.model,
+        "weights": weights,
+        "dataset": flags.dataset or "folder",
+        "split": flags.split,
+        "num_images": len(images),
+        "input_size": list(images.shape[1:]),
+        "seed": flags.seed,
+    }
+    return Subject(flags.model, model, images, data, facts)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise UserError(f"--device must be available; got {name!r}, and torch sees {seen} GPUs")
+    return device
+
+
+def _with_training_flags(
+    args: argparse.Namespace, checkpoint: Checkpoint | None
+) -> argparse.Namespace:
+    """Flags over the settings of the checkpoint's training over the defaults of train.py."""
+    flags = vars(train_parser().parse_flags([]))
+    flags["dataset"] = None
+    saved = checkpoint.args if checkpoint else {}
+    flags.update({key: saved[key] for key in FROM_CHECKPOINT if saved.get(key) is not None})
+    given = {key: value for key, value in vars(args).items() if value not in (None, {})}
+    if "data_dir" in given:
+        flags["dataset"] = ""
+    flags.update(given)
+    return argparse.Namespace(**flags)
+
+
+def _data_config(flags: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """timm's data config with the model's number of channels, where timm assumes three; mean and
+    deviation for another number of channels are averaged."""
+    size = flags.input_size or getattr(model, "pretrained_cfg", {}).get("input_size") or (3,)
+    channels = flags.in_chans or size[0]
+    data = input_settings(argparse.Namespace(**{**vars(flags), "in_chans": channels}), model)
+    data["input_size"] = (channels, *data["input_size"][1:])
+    for name in ("mean", "std"):
+        if len(data[name]) != channels:
+            data[name] = (sum(data[name]) / len(data[name]),) * channels
+    return {name: data[name] for name in DATA_CONFIG}
+
+
+def _draw_images(flags: argparse.Namespace, data: dict[str, Any]) -> Tensor:
+    """Images of the split as the model gets them at evaluation, drawn without replacement; all of
+    a smaller data set, and the first ones of an iterable data set."""
+    if flags.dataset is None:
+        raise UserError("--dataset must say what to read, e.g. digits; got none")
+    dataset = create_dataset(
+        flags.dataset,
+        flags.data_dir or flags.data,
+        flags.split,
+        input_img_mode="RGB" if data["input_size"][0] == 3 else "L",
+        class_map=flags.class_map,
+        input_key=flags.input_key,
+        target_key=flags.target_key,
+    )
+    dataset.transform = create_transform(**data)
+    if isinstance(dataset, IterableDataset):
+        images = [image for image, _ in islice(dataset, flags.num_images)]
+    else:
+        generator = torch.Generator().manual_seed(derive_seed("images", flags.seed))
+        order = torch.randperm(len(dataset), generator=generator)
+        images = [dataset[index][0] for index in order[: flags.num_images].tolist()]
+    if not images:
+        raise UserError(f"the split {flags.split!r} must have images; got none")
+    return torch.stack(images)

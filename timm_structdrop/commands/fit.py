@@ -1,0 +1,98 @@
+"""Fit the clusters of a DropCluster model on one mini-batch and save it as a folder for timm.
+
+After `import timm_structdrop`, `timm.create_model("local-dir:DIR", pretrained=True)` loads it with
+its clusters. The activations are those of a training step (batch norms in training mode, images
+without augmentation); running statistics stay as they were. As always with timm, drop rates are not
+saved: give `drop_block_rate` again to train on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from timm.models import list_models, save_for_hf
+from torch import nn
+
+from timm_structdrop.analysis import cluster_places, fit_clusters, output_folder
+from timm_structdrop.commands._images import add_subject_flags, load_subject
+from timm_structdrop.commands.list import table
+from timm_structdrop.errors import UserError, nearest, one_line
+
+__all__ = ["add_flags", "run"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_subject_flags(parser, split="train", num_images=256)
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a new or empty folder for the model"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = new_folder(args.output)
+    subject = load_subject(args)
+    if not cluster_places(subject.model):
+        hint = nearest(subject.name, list_models("*_dropcluster"))
+        raise UserError(f"MODEL must have a DropCluster layer; {subject.name} has none{hint}")
+    fits = fit_clusters(subject.model, subject.images)
+    save_model(subject.model.cpu(), folder, subject.data)
+    rows = [
+        [
+            name,
+            str(facts["n_clusters"]),
+            str(facts["channels"]),
+            str(facts["unstructured"]),
+            f"{facts['seconds']:.2f}",
+        ]
+        for name, facts in fits.items()
+    ]
+    weights = subject.facts["weights"]
+    print(f"{subject.name} ({weights} weights), fitted on {subject.images_text()}\n")
+    print(table(["layer", "clusters", "channels", "unstructured", "seconds"], rows))
+    print(
+        f"\nSaved to {folder}. To load it:\n  import timm, timm_structdrop\n"
+        f'  model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    )
+
+
+def new_folder(path: str) -> Path:
+    """The folder ``path``, which is not there yet or empty, in a folder that can be written to.
+
+    Raises:
+        UserError: it holds something, is a file, or cannot be made.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output must be a new or empty folder; got {folder}")
+    output_folder(folder.absolute().parent)
+    return folder
+
+
+def save_model(model: nn.Module, folder: Path, data: dict[str, Any]) -> None:
+    """Save a model with timm's ``save_for_hf``, safetensors only, under a temporary name first.
+
+    Args:
+        model: made by ``timm.create_model``, which records its arguments.
+        folder: not there yet, or empty.
+        data: timm's data config for ``config.json``.
+
+    Raises:
+        UserError: the folder cannot be written; nothing is left of it.
+    """
+    temporary = folder.absolute().with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        save_for_hf(model, temporary, safe_serialization=True, data_config=data)
+        # safetensors makes files that only their owner can read
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

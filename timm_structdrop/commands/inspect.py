@@ -1,0 +1,231 @@
+"""Look into a model: how structured its layers' activations are, and what DropCluster learned.
+
+Writes pictures and their numbers. With a DropCluster layer, its clusters and the mask of a training
+step too, and for clusters that came with the model, whether they follow the data; without one,
+where it should go.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from timm_structdrop.analysis import (
+    LAYER_CHOICES,
+    ClusterMaps,
+    ClusterStudy,
+    HopkinsReport,
+    cluster_layers,
+    cluster_maps,
+    cluster_places,
+    cluster_study,
+    collect_maps,
+    draw_cluster_maps,
+    draw_hopkins_histograms,
+    draw_hopkins_map,
+    draw_training_mask,
+    fit_clusters,
+    hopkins_report,
+    output_folder,
+    save_csv,
+    save_json,
+    save_png,
+    training_mask,
+)
+from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
+from timm_structdrop.commands.list import table
+from timm_structdrop.errors import UserError
+from timm_structdrop.layers.dropcluster import resample_labels
+
+__all__ = ["add_flags", "run"]
+
+LEAST_IMAGES = 10  # for correlations over images
+USUAL_CLUSTERS = 15
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_subject_flags(parser, split="validation", num_images=64)
+    add = parser.add_argument_group("Inspection").add_argument
+    add("--output", default="output/inspect", metavar="DIR", help="where files go (output/inspect)")
+    add("--layers", default="stages", choices=tuple(LAYER_CHOICES), help="candidates (stages)")
+    add(
+        "--threshold",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="median Spatial Hopkins of a structured layer (0.6; 0.5 is no structure)",
+    )
+    add("--num-points", type=int, default=64, metavar="N", help="random pixels per map (64)")
+    add("--num-samples", type=int, default=2, metavar="N", help="images in the pictures (2)")
+    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per step (64)")
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("batch_size", "num_samples"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} must be at least 1; got {getattr(args, name)}")
+    files = Files(output_folder(args.output))
+    subject = load_subject(args)
+    print(f"{subject.name} ({subject.facts['weights']} weights), {subject.images_text()}\n")
+    inspect_layers(args, subject, files)
+    fitted_here = [n for n, layer in cluster_layers(subject.model).items() if not layer.is_fitted]
+    if fitted_here:
+        fit_clusters(subject.model, subject.images)
+    inspect_clusters(args, subject, fitted_here, files)
+    files.draw()
+    print("\nWritten:", *files.paths, sep="\n  ")
+
+
+class Files:
+    """Writes numbers into a folder, keeps pictures for later, and remembers what is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[Path] = []
+        self.pictures: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
+
+    def json(self, name: str, numbers: Mapping[str, Any]) -> None:
+        self.paths.append(save_json(numbers, self.folder / name))
+
+    def csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.paths.append(save_csv(rows, self.folder / name))
+
+    def picture(self, name: str, draw: Callable[..., Any], *numbers: Any) -> None:
+        self.pictures.append((name, draw, numbers))
+
+    def draw(self) -> None:
+        """Write the pictures; the error without matplotlib says that the numbers are there."""
+        for name, draw, numbers in self.pictures:
+            try:
+                figure = draw(*numbers)
+            except UserError as error:
+                raise UserError(f"{error}; the numbers are in {self.folder}") from error
+            self.paths.append(save_png(figure, self.folder / name))
+
+
+def inspect_layers(args: argparse.Namespace, subject: Subject, files: Files) -> None:
+    """The Hopkins report: printed, written, and its pictures."""
+    layers = cluster_layers(subject.model)
+    report = hopkins_report(
+        subject.model,
+        subject.images,
+        layers=args.layers,
+        n_points=args.num_points,
+        threshold=args.threshold,
+        n_clusters=max((layer.n_clusters for layer in layers.values()), default=USUAL_CLUSTERS),
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    print(report_table(report))
+    files.json("hopkins.json", {**subject.facts, **report.numbers()})
+    files.csv("hopkins.csv", report.rows())
+    files.picture("hopkins-histograms.png", draw_hopkins_histograms, report, subject.name)
+    best = report.recommended
+    mapped = list(layers) or ([best.name] if best else [])
+    for layer in report.layers:
+        if layer.name in mapped:
+            name = f"hopkins-map{_suffix(layer.name, mapped)}.png"
+            files.picture(name, draw_hopkins_map, layer, subject.name, report.n_images)
+
+
+def report_table(report: HopkinsReport) -> str:
+    """The layers, the skipped ones, and the recommendation."""
+    best = report.recommended
+    rows = []
+    for layer in report.layers:
+        values = layer.per_channel
+        structured = "yes" if report.is_structured(layer) else "no"
+        rows.append(
+            [
+                layer.name,
+                str(len(values)),
+                f"{layer.size[0]}x{layer.size[1]}",
+                f"{layer.median:.3f}",
+                f"{float(values.min()):.3f}",
+                f"{float(values.max()):.3f}",
+                "yes, recommended" if layer is best else structured,
+            ]
+        )
+    header = ["layer", "channels", "map", "median Spatial Hopkins", "min", "max", "structured"]
+    lines = [table(header, rows)]
+    for name, (height, width) in report.skipped.items():
+        lines.append(f"{name} is skipped: its {height}x{width} maps are smaller than 3x3")
+    rule = f"the median channel reaches {report.threshold:g}; 0.5 is no structure"
+    if best is None:
+        lines.append(f"No layer of {report.n_clusters} or more pixels is structured ({rule})")
+    else:
+        lines.append(
+            f"Deepest structured layer: {best.name} ({rule})\n"
+            f'  attach(model, "dropcluster", modules=["{best.name}"]) puts DropCluster there'
+        )
+    return "\n".join(lines)
+
+
+def inspect_clusters(
+    args: argparse.Namespace, subject: Subject, fitted_here: Collection[str], files: Files
+) -> None:
+    """Clusters and mask of each DropCluster layer: printed, written, and their pictures."""
+    every = cluster_maps(subject.model, subject.images, args.num_samples, args.batch_size)
+    for maps in every:
+        suffix = _suffix(maps.name, every)
+        mask = training_mask(subject.model, maps.name, args.seed)
+        here = maps.name in fitted_here
+        when = "fitted here, on these images" if here else f"fitted at {maps.fitted_at}"
+        print(
+            f"\nDropCluster at {maps.name}: {maps.n_clusters} clusters, "
+            f"{int((~maps.structured).sum())} of {len(maps.labels)} channels unstructured, {when}\n"
+            f"Mask of one training step: p = {maps.drop_prob:g}, "
+            f"{100 * float((~mask.kept).double().mean()):.1f} % of the units are zero"
+        )
+        figures = {**subject.facts, "fitted_here": here, **maps.numbers(), "mask": mask.numbers()}
+        study = None if here else study_clusters(args, subject, maps)
+        if study is not None:
+            print(study_table(study))
+            figures["study"] = study.numbers()
+            files.csv(f"study{suffix}.csv", study.rows())
+        files.json(f"clusters{suffix}.json", figures)
+        files.csv(f"clusters{suffix}.csv", maps.rows())
+        files.csv(f"labels{suffix}.csv", maps.label_rows())
+        files.picture(f"clusters{suffix}.png", draw_cluster_maps, maps, subject.name)
+        files.picture(f"mask{suffix}.png", draw_training_mask, maps, mask, subject.name)
+
+
+def study_clusters(
+    args: argparse.Namespace, subject: Subject, maps: ClusterMaps
+) -> ClusterStudy | None:
+    """Whether the clusters follow the data; None with too few images for correlations."""
+    if len(subject.images) < LEAST_IMAGES:
+        print(f"Correlations within clusters need {LEAST_IMAGES} images; got {len(subject.images)}")
+        return None
+    place = next(place for place in cluster_places(subject.model) if place.name == maps.name)
+    activations = collect_maps(subject.model, place, subject.images, args.batch_size)
+    labels = resample_labels(maps.labels, (activations.shape[2], activations.shape[3]))
+    return cluster_study(
+        maps.name, activations, labels, maps.structured, maps.n_clusters, seed=args.seed
+    )
+
+
+def study_table(study: ClusterStudy) -> str:
+    numbers = study.numbers()
+    channels = numbers["n_channels"]
+    rows = []
+    for key, figures in numbers["cells"].items():
+        row = [figures["what"]]
+        for mean in ("over_cells", "over_pairs"):
+            row.append(f"{figures[mean]['mean']:.3f} +- {figures[mean]['std']:.3f}")
+            higher = figures[mean]["clusters_are_higher_in_channels"]
+            row.append("" if key == "clusters" else f"in {higher} of {channels}")
+        rows.append(row)
+    header = ["cells", "mean over cells", "clusters higher", "over pairs", "clusters higher"]
+    return (
+        f"Correlation of the pixels in a cell over {numbers['n_images']} images, "
+        f"mean +- std of {channels} channels:\n{table(header, rows)}"
+    )
+
+
+def _suffix(name: str, names: Collection[Any]) -> str:
+    """Part of a file's name that tells the layers apart where there are several."""
+    return f"-{name}" if len(names) > 1 else ""
