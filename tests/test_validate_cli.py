@@ -2,19 +2,18 @@
 
 import argparse
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from script import ROOT, load_script
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -23,19 +22,11 @@ from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import UserError, one_line
 from timm_structdrop.recipes import load_recipe
 
-SCRIPT = Path(__file__).parent.parent / "validate.py"
 DIGITS = ["--dataset", "digits", "-j", "0", "--device", "cpu"]
 SAVED = {"model": "lenet5", "num_classes": 10, "in_chans": 1, "img_size": 32, "mean": [0.5]}
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("validate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-validate = load_script()
+validate = load_script("validate")
 
 
 def digits(is_train: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,8 +238,9 @@ def test_an_unreadable_image_ends_the_command_in_one_line(run, tmp_path):
     bad = tmp_path / "data" / "val" / "b" / "broken.png"
     bad.write_bytes(b"not an image")
     argv = ["--checkpoint", run, "--dataset", "", "--data-dir", tmp_path / "data", "-j", "1"]
+    results = ["--device", "cpu", "--results-file", tmp_path / "r.csv"]
     done = subprocess.run(
-        [sys.executable, SCRIPT, *argv, "--device", "cpu", "--results-file", tmp_path / "r.csv"],
+        [sys.executable, ROOT / "validate.py", *argv, *results],
         capture_output=True,
         text=True,
     )
