@@ -105,7 +105,10 @@ def dominant_channels(channels: int, n_channels: int | float | None = None) -> i
 
 
 def highest(values: Tensor, k: int) -> Tensor:
-    """Indices (B, k) of the k highest in each row of ``values`` (B, N), in no order."""
+    """Indices (B, k) of the k highest in each row of ``values`` (B, N); all of them are in order,
+    fewer in no order."""
+    if k == values.shape[1]:
+        return torch.arange(k, device=values.device).expand(len(values), k)
     return values.topk(k, dim=1, sorted=False).indices
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
 from timm_structdrop.layers._blocks import clamp_block, grow_blocks
+from timm_structdrop.layers._few_maps import drop_in_maps
 from timm_structdrop.layers._guide import (
     candidate_pixels,
     dominant_channels,
@@ -98,95 +99,57 @@ def cam_drop_2d(
     with torch.no_grad():
         weights, intensity = guidance(x, alpha, guide)
         pixels, n = candidate_pixels(intensity, block, n_pixels, rank)
-        chosen = None
-        if channels == "dominant":
-            chosen = highest(weights, dominant_channels(x.shape[1], n_channels))
+        n_chosen = dominant_channels(x.shape[1], 1.0 if channels == "all" else n_channels)
+        chosen = highest(weights, n_chosen)
         if seed_rate == "dropblock":
             rate = paper_rate(drop_prob, size, block_size)
         else:
             rate = drop_prob * (size[0] * size[1] / (block[0] * block[1] * n))
-        shape = (x.shape[0], x.shape[1] if chosen is None else chosen.shape[1], *size)
-        dropped = _draw_blocks(shape, pixels, rate, block, rank, x.device)
-        # Eq. (10), counted in float32 whatever the activations: float16 overflows at 65504 units
-        units = x.shape[1] * size[0] * size[1]
-        kept = units - dropped.sum((1, 2, 3), keepdim=True).float()
-        scale = units / kept.clamp(min=1.0)
-    return _apply_blocks(x, dropped, chosen, scale.to(x.dtype))
+        # float32 whatever the activations: float16 uniforms would round the rate
+        drawn = torch.rand((*chosen.shape, n), device=x.device, dtype=torch.float32) < rate
+        samples = torch.arange(len(x), device=x.device)[:, None]
+        if pixels is not None:
+            pixels = pixels[:, None].expand_as(drawn)
+        if _is_sparse(x):
+            found = drawn.any(2).nonzero(as_tuple=True)
+            samples, chosen, drawn = found[0], chosen[found], drawn[found]
+            pixels = None if pixels is None else pixels[found]
+        dropped = _grow(drawn, pixels, size, block, rank)
+    return drop_in_maps(x, samples, chosen, dropped)
 
 
-def _draw_blocks(
-    shape: tuple[int, int, int, int],
+def _is_sparse(x: Tensor) -> bool:
+    """Whether to go on with only the maps in which a seed was drawn, found by looking at them."""
+    # other types, such as fake tensors, have no data to look at
+    known = type(x) in (Tensor, torch.nn.Parameter)
+    return known and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _grow(
+    drawn: Tensor,
     pixels: Tensor | None,
-    rate: float | Tensor,
+    size: tuple[int, int],
     block: tuple[int, int],
     rank: str,
-    device: torch.device,
 ) -> Tensor:
-    """Blocks at seeds drawn with probability ``rate`` at the candidates, True inside of them.
+    """The blocks of the seeds drawn, (..., H, W) bool.
 
     Args:
-        shape: (B, n', H, W) of the result.
-        pixels: the candidates, places (B, n) of the seed grid, see
-            :func:`~timm_structdrop.layers._guide.candidate_pixels`; None for all of the grid.
-        rate: a float or a 0-d tensor; more than 1 is 1.
+        drawn: at which of the n candidates a seed was drawn, (..., n) bool.
+        pixels: the candidates, places (..., n) of the seed grid, see
+            :func:`~timm_structdrop.layers._guide.candidate_pixels`; None for all of it.
+        size: (H, W).
         block: (rows, columns) of the blocks, at most (H, W).
         rank: ``"valid"`` or ``"all"``, which seed grid it is.
-        device: of the result.
     """
-    maps, (height, width) = shape[:2], shape[2:]
+    height, width = size
     if rank == "valid":
         height, width = height - block[0] + 1, width - block[1] + 1
-    n = height * width if pixels is None else pixels.shape[1]
-    # float32 whatever the activations: float16 uniforms would round the rate
-    seeds = torch.rand((*maps, n), device=device, dtype=torch.float32) < rate
     if pixels is not None:
-        grid = seeds.new_zeros((*maps, height * width))
-        seeds = grid.scatter_(2, pixels[:, None].expand_as(seeds), seeds)
-    seeds = seeds.view(*maps, height, width)
+        grid = drawn.new_zeros((*drawn.shape[:-1], height * width))
+        drawn = grid.scatter_(-1, pixels, drawn)
+    seeds = drawn.view(*drawn.shape[:-1], height, width)
     return grow_blocks(seeds if rank == "valid" else inner_seeds(seeds, block), block)
-
-
-def _apply_blocks(x: Tensor, dropped: Tensor, chosen: Tensor | None, scale: Tensor) -> Tensor:
-    """``x * scale`` with zeros where units are dropped.
-
-    Args:
-        x: (B, C, H, W).
-        dropped: (B, n', H, W) bool.
-        chosen: the channel (B, n') of each of these maps; None if they are all C in order.
-        scale: (B, 1, 1, 1) in the dtype of ``x``.
-    """
-    if chosen is None:
-        return x * torch.where(dropped, 0.0, scale)
-    if not torch.compiler.is_compiling():
-        out: Tensor = _ScaleAndDrop.apply(x, dropped, chosen, scale)
-        return out
-    # for the compiler one pointwise expression: each map looks up its factors, the last of which
-    # are those of all maps that are not chosen
-    batch, n = chosen.shape
-    factors = torch.where(dropped, 0.0, scale)
-    factors = torch.cat([factors, scale.expand(-1, 1, *x.shape[2:])], 1)
-    numbers = torch.arange(n, device=x.device).expand(batch, n)
-    numbers = chosen.new_full(x.shape[:2], n).scatter(1, chosen, numbers)
-    return x * factors.gather(1, numbers[:, :, None, None].expand_as(x))
-
-
-class _ScaleAndDrop(torch.autograd.Function):
-    """See :func:`_apply_blocks`; it writes the chosen maps only, and keeps no mask of all maps."""
-
-    @staticmethod
-    def forward(x: Tensor, dropped: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
-        out = x * scale
-        rows = torch.arange(len(chosen), device=x.device)[:, None]
-        out[rows, chosen] = out[rows, chosen].masked_fill_(dropped, 0.0)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _ScaleAndDrop.apply(grad, *ctx.saved_tensors), None, None, None
 
 
 def _check_choices(**settings: str) -> None:
