@@ -38,7 +38,7 @@ def grow_blocks(drawn: Tensor, block: tuple[int, int], seeds: str = "valid") -> 
 def _covers(n_seeds: int, block: int, seeds: str, device: torch.device) -> Tensor:
     """1 where the block of a seed covers a position, float32 (positions, seeds)."""
     valid = seeds == "valid"
-    positions = torch.arange(n_seeds + block - 1 if valid else n_seeds, device=device)
-    offset = positions[:, None] - torch.arange(n_seeds, device=device)
-    first = 0 if valid else -((block - 1) // 2)
-    return ((offset >= first) & (offset < first + block)).float()
+    n_positions = n_seeds + block - 1 if valid else n_seeds
+    before = 0 if valid else (block - 1) // 2
+    ones = torch.ones(n_positions, n_seeds, device=device, dtype=torch.float32)
+    return ones.tril(before).triu(before + 1 - block)

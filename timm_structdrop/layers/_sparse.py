@@ -121,11 +121,12 @@ def distinct_masks(
     _zero_blocks(masks, every + 1, every, block)
     _zero_blocks(masks, own_numbers, places.index_select(0, own), block)
     own_masks = masks[1 + per_map :]
-    dropped = n_single * block[0] * block[1]
-    dropped += own_masks.numel() - int(torch.count_nonzero(own_masks))
+    # float32 counts one map exactly, float64 all of them
+    kept = own_masks.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.float64)
+    dropped = n_single * block[0] * block[1] + own_masks.numel() - int(kept)
 
-    of_seed = (places + 1).index_copy_(0, own, own_numbers)
-    numbers = torch.zeros(n_maps, dtype=torch.int64, device="cpu").index_copy_(0, maps, of_seed)
+    of_seed = (places + 1).scatter_(0, own, own_numbers)
+    numbers = torch.zeros(n_maps, dtype=torch.int64, device="cpu").scatter_(0, maps, of_seed)
     return MapMasks(masks, numbers, dropped)
 
 
