@@ -162,18 +162,24 @@ def loop_settings(flags: argparse.Namespace, epochs: int, process: Process) -> L
 def continue_run(
     flags: argparse.Namespace, loop: Loop, checkpoint: Path | None
 ) -> tuple[Position, Mapping[str, Any]]:
-    """Restore what `--resume` names and set the learning rate of where it stands."""
+    """Restore what `--resume` names, and the learning rate of where it stands."""
     start = Position()
     content: Mapping[str, Any] = {}
     if checkpoint is not None:
         start, content = resume(loop.run, checkpoint, weights_only=flags.no_resume_opt)
     if flags.start_epoch is not None:
         start = Position(flags.start_epoch)
-    scheduler = loop.run.scheduler
-    if scheduler is not None and start != Position():
-        scheduler.step(start.epoch)
-        scheduler.step_update(loop.updates_before(start))
+    if start != Position():
+        set_learning_rate(loop, start)
     return start, content
+
+
+def set_learning_rate(loop: Loop, position: Position) -> None:
+    """The rate that the flags' schedule has there; timm's schedules are functions of it."""
+    scheduler = loop.run.scheduler
+    if scheduler is not None:
+        scheduler.step(position.epoch)
+        scheduler.step_update(loop.updates_before(position))
 
 
 def output_folder(

@@ -182,6 +182,13 @@ def test_averaged_weights_are_what_counts():
     assert fit(loop)[0]["validation"]["top1"] == 1.0
 
 
+def test_averages_know_the_update_across_epochs():
+    loop, steps = make_loop(epochs=2, grad_accum_steps=2), []
+    loop.run.task.update_ema = lambda step: steps.append(step)
+    fit(loop)
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_clipping_bounds_the_step():
     loop = make_loop(epochs=1, clip_grad=1e-3, batch_size=20)
     before = weights(loop).clone()
@@ -227,6 +234,8 @@ def test_the_order_of_an_epoch_does_not_depend_on_the_workers():
         loader = DataLoader(TensorDataset(torch.arange(20)), 4, shuffle=True, num_workers=workers)
         for epoch in (0, 1):
             set_loader_epoch(loader, seed=5, epoch=epoch)
-            orders.append(torch.cat([batch for (batch,) in loader]).tolist())
+            batches = iter(loader)
+            torch.rand(workers + 1)
+            orders.append(torch.cat([batch for (batch,) in batches]).tolist())
     assert orders[:2] == orders[2:]
     assert orders[0] != orders[1] and sorted(orders[0]) == list(range(20))

@@ -10,8 +10,11 @@ import pytest
 import torch
 from script import ROOT, load_script, write_images
 from test_checkpoint import assert_same
+from test_loop import make_loop
+from timm.scheduler import create_scheduler_v2
 
 from timm_structdrop.errors import UserError
+from timm_structdrop.training import Position
 
 train = load_script("train")
 FLAGS = (
@@ -124,6 +127,23 @@ def test_into_another_folder(tmp_path, images, whole):
     train.main(["--resume", str(whole / "last.pth.tar"), *elsewhere, "--epochs", "5"])
     assert first_column(tmp_path / "elsewhere") == ["epoch", "4"]
     assert (tmp_path / "elsewhere" / "model_best.pth.tar").is_file()
+
+
+@pytest.mark.parametrize(("on_updates", "share"), [(False, 2 / 3), (True, 11 / 15)])
+def test_the_learning_rate_is_that_of_the_flags_at_the_position(on_updates, share):
+    """Not that of the checkpoint: epoch 2 of 3, or update 11 of 15, of a polynomial decay."""
+    loop = make_loop()
+    loop.run.scheduler, _ = create_scheduler_v2(
+        loop.run.optimizer,
+        "poly",
+        num_epochs=3,
+        decay_rate=1.0,
+        step_on_epochs=not on_updates,
+        updates_per_epoch=5,
+    )
+    loop.run.optimizer.param_groups[0]["lr"] = 99.0
+    train.set_learning_rate(loop, Position(epoch=2, batch=1))
+    assert loop.run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - share))
 
 
 def test_with_another_model_it_is_an_error_that_names_both(images, whole):
