@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import struct
 import tarfile
 import traceback
 from pathlib import Path
@@ -152,6 +153,23 @@ def test_a_tar_of_images(folder, tmp_path):
         archive.add(folder / "train", arcname="train")
     dataset = create_dataset("", str(tmp_path / "x.tar"), crop_padding=2)
     assert len(dataset) == 4 and dataset[3][1] == 1
+
+
+def test_torchvisions_images_come_in_the_mode_asked_for(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    for prefix in ("train", "t10k"):  # idx: type and dimensions, sizes, bytes
+        images = struct.pack(">4B3I", 0, 0, 8, 3, 3, 28, 28) + pixels.tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">4BI", 0, 0, 8, 1, 3) + bytes([4, 0, 9])
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+    for mode, shape in (("L", (28, 28)), ("RGB", (28, 28, 3))):
+        dataset = create_dataset("torch/mnist", str(tmp_path), "val", input_img_mode=mode)
+        image, target = dataset[2]
+        assert (np.asarray(image).shape, target) == (shape, 9)
+        np.testing.assert_array_equal(np.asarray(image.convert("L")), pixels[2])
+    assert class_names(dataset)[9] == "9 - nine"
 
 
 def error_of(*args: object, **kwargs: object) -> str:

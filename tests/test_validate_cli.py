@@ -57,7 +57,9 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir()
     saved = {
         "arch": "lenet5",
-        "args": argparse.Namespace(**SAVED, dataset="digits", std=[0.25], interpolation="nearest"),
+        "args": argparse.Namespace(
+            **SAVED, dataset="digits", std=[0.25], interpolation="nearest", gp="avg"
+        ),
         "state_dict": make_model(30).state_dict(),
         "state_dict_ema": make_model(45).state_dict(),
     }
@@ -101,9 +103,10 @@ def test_flags_stand_over_config_over_recipe_over_checkpoint(run, tmp_path):
     recipe = load_recipe("digits-quickstart")
     assert (flags.batch_size, flags.num_classes, flags.mean) == (recipe["batch_size"], 10, [0.5])
     assert checkpoint.arch == "lenet5"
-    assert decided == {"interpolation": "nearest", "mean": [0.5]}
+    assert decided == {"interpolation": "nearest", "mean": [0.5], "gp": "avg"}
     flags, _, _ = validate.parse_validate_flags(argv[:4])
     assert flags.model == recipe["model"] != "lenet5"
+    assert (flags.gp, flags.mean) == (None, [0.5])  # the pool belongs to the checkpoint's model
 
 
 def test_attached_regularizers_come_from_the_runs_settings(run, tmp_path, capsys):
