@@ -181,6 +181,10 @@ class CamDrop2d(StructDropLayer):
     A training task gives the layer each batch's target through :meth:`set_cam`; a forward in
     training without it is guided by averages (``guide="avg"``), and says so once.
 
+    The blocks depend on the label, so the layers behind them can learn to read it there: a network
+    with many of these layers on small maps may fit its training data far better than it predicts.
+    Fewer layers, smaller blocks or a schedule that ends at 0 make that harder.
+
     Args:
         drop_prob: 1 - gamma of the paper, in [0, 1).
         block_size: side of the blocks; clamped to the map.
