@@ -50,6 +50,7 @@ def test_our_models_are_apart_from_timms():
 
 # a plain forward in training is not how R-Block is trained, and it says so
 @pytest.mark.filterwarnings("ignore:an R-Block model is trained without its task")
+@pytest.mark.filterwarnings("ignore:CamDrop2d. no target")  # a plain forward has no target
 @pytest.mark.parametrize("name", SAMPLE)
 def test_forward_and_backward_in_train_and_eval(name):
     model = build(name, num_classes=5, drop_block_rate=0.2)
