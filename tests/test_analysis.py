@@ -41,6 +41,7 @@ from timm_structdrop.analysis.cluster_study import (
     within_correlation,
 )
 from timm_structdrop.analysis.colours import colour_labels
+from timm_structdrop.analysis.maps import Place, watch_maps
 from timm_structdrop.cluster import rena, spatial_hopkins
 from timm_structdrop.errors import UserError
 
@@ -98,13 +99,36 @@ def test_statistics_are_those_of_the_maps_before_the_layer():
 
 def test_statistics_do_not_depend_on_batches_and_other_candidates():
     model, images = timm.create_model("resnet20").eval(), smooth_images(7)
+    attach(model, "dropcluster", modules=["layer2.0.act1"], img_size=32)
     whole = hopkins_report(model, images)
     parts = hopkins_report(model, images, batch_size=3)
-    convs = hopkins_report(model, images, layers="convs")
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert a.name == b.name
         torch.testing.assert_close(a.per_channel, b.per_channel, atol=0.06, rtol=0)
-    assert torch.equal(whole.layers[0].per_channel, convs.layers[0].per_channel)
+    convs = {found.name: found for found in hopkins_report(model, images, layers="convs").layers}
+    for common in [found for found in whole.layers if found.name in convs]:
+        assert torch.equal(common.per_channel, convs[common.name].per_channel)
+    assert [found.name for found in whole.layers] == [
+        "act1",
+        "layer1",
+        "layer2.0.act1",
+        "layer2",
+        "layer3",
+    ]
+
+
+def test_a_module_that_runs_twice_is_seen_the_first_time():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), act, nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), act)
+    seen = []
+    watch_maps(
+        model,
+        [Place("1", "stem", act, False)],
+        smooth_images(5),
+        lambda _, shown: seen.append(tuple(shown.shape)),
+        batch_size=3,
+    )
+    assert seen == [(3, 4, 30, 30), (2, 4, 30, 30)]
 
 
 def test_watching_leaves_the_model_as_it_was():
@@ -318,15 +342,17 @@ def test_squares_have_the_clusters_centres_and_fit_into_the_map():
         square_cells((4, 6), 6),
         torch.arange(6).view(2, 3).repeat_interleave(2, 0).repeat_interleave(2, 1),
     )
-    ell = torch.zeros(3, 9, 9, dtype=torch.bool)
+    ell = torch.zeros(4, 9, 9, dtype=torch.bool)
     ell[0, 2:8, 4] = ell[0, 7, 4:7] = ell[0, 2, 3] = True  # 9 pixels around (5, 4.33)
     ell[1, 0, :4] = True  # along the edge
     ell[2] = True
+    ell[3, :, 8] = True
     squares = matched_squares(ell)
     expected = torch.zeros_like(ell)
     expected[0, 4:7, 3:6] = True
     expected[1, 0:2, 1:3] = True
     expected[2] = True
+    expected[3, 3:6, 6:9] = True
     assert torch.equal(squares, expected)
 
 

@@ -107,7 +107,8 @@ def test_fit_keeps_the_weights_and_finds_the_clusters_of_a_training_step(tmp_pat
         normal = centred / (raw.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
         found = rena(torch.relu(normal + source.bn1.bias[:, None, None]), 5)
     agreement = adjusted_rand_index(found.labels, loaded.act1.dropcluster.labels)
-    assert agreement[found.structured].min() > 0.9  # the order of the images changes the last bits of the sums
+    # the order of the images changes the last bits of the sums
+    assert agreement[found.structured].min() > 0.9
     assert torch.equal(found.structured, loaded.act1.dropcluster.structured)
     assert 0 < found.structured.sum() < 16
 

@@ -10,12 +10,15 @@ from timm.models import get_arch_pretrained_cfgs
 import timm_structdrop
 from timm_structdrop.errors import UserError
 from timm_structdrop.models._architectures import architectures
+from timm_structdrop.models._trace import first_conv
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.models.timm_cnns import late_cell_norms
 
-# every architecture once, and every regularizer once
+# every architecture once (but NASNet, which takes seconds a pass), and every regularizer once
+SMALL = [(name, a) for name, a in architectures.items() if name != "nasnetalarge"]
 SAMPLE = sorted(
-    {f"{name}_dropcluster" for name in architectures}
+    {f"{name}_{'dropcluster' if a.regularizers is None else 'dropblock'}" for name, a in SMALL}
     | {f"resnet20_{name}" for name in timm_structdrop.regularizers}
     | {f"resnet18_{name}" for name in timm_structdrop.regularizers}
 )
@@ -28,7 +31,7 @@ def build(name, **kwargs):
 
 
 def image(model, batch=2, size=64):
-    channels = model.conv1.in_channels
+    channels = first_conv(model).in_channels
     size = min(
         size, timm.get_pretrained_cfg_value(model.pretrained_cfg["architecture"], "input_size")[-1]
     )
@@ -36,8 +39,9 @@ def image(model, batch=2, size=64):
 
 
 def test_every_architecture_has_every_regularizer_that_fits():
-    for name in architectures:
-        for regularizer in ("dropcluster", "dropblock", "dropout", "spatialdropout"):
+    everywhere = ("dropcluster", "dropblock", "camdrop", "rblock", "dropout", "spatialdropout")
+    for name, architecture in architectures.items():
+        for regularizer in architecture.regularizers or everywhere:
             assert timm.is_model(f"{name}_{regularizer}")
     assert "resnet110_stochasticdepth" in timm.list_models("*_stochasticdepth")
     assert not timm.is_model("lenet5_stochasticdepth")  # it has no residual branch to drop
@@ -50,6 +54,7 @@ def test_our_models_are_apart_from_timms():
 
 # a plain forward in training is not how R-Block is trained, and it says so
 @pytest.mark.filterwarnings("ignore:an R-Block model is trained without its task")
+@pytest.mark.filterwarnings("ignore:CamDrop2d")  # nor CamDrop: it has no target to be guided by
 @pytest.mark.filterwarnings("ignore:CamDrop2d. no target")  # a plain forward has no target
 @pytest.mark.parametrize("name", SAMPLE)
 def test_forward_and_backward_in_train_and_eval(name):
@@ -182,3 +187,24 @@ def test_a_file_with_the_base_architectures_weights_is_pretrained_weights(tmp_pa
 def test_bad_settings(kwargs, message):
     with pytest.raises(UserError, match=message):
         build("resnet20_dropcluster", **kwargs)
+
+
+def test_the_amoebanet_setting_on_nasnet():
+    """After every batch norm of the last half of the cells, block 11, keep 0.9."""
+    with torch.device("meta"):
+        plain = timm.create_model("nasnetalarge", num_classes=2)
+    cells = ["cell_9", "cell_10", "cell_11", "reduction_cell_1"]
+    cells += [f"cell_{i}" for i in range(12, 18)]
+    arguments = late_cell_norms(plain)
+    norms = [
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d) and name.split(".")[0] in cells
+    ]
+    assert arguments == {"modules": norms, "block_size": 11}
+    assert "nasnetalarge_dropblock" in variants
+    assert regularizers_default("dropblock") == 0.1
+
+
+def regularizers_default(name):
+    return timm_structdrop.regularizers[name].layer.default_drop_prob()
