@@ -58,34 +58,27 @@ class Placement:
 
 
 PLACEMENTS: dict[str, Placement] = {
-    "dropcluster": Placement(("stem",), 0, "after the stem convolution, before any pooling"),
+    "dropcluster": Placement(("stem",), 0, "stem convolution, before any pooling"),
     "dropblock": Placement(
         ("conv", "last_conv", "skip"),
         2,
-        "after every convolution and on the skips of the last two groups, "
-        "gamma / 4 in the first of them",
+        "convolutions and skips of the last two groups, gamma / 4 in the first",
         early=(("gamma_scale", 0.25),),
         schedule="linear",
     ),
     "camdrop": Placement(
         ("skip_in", "conv", "last_conv"),
         2,
-        "on the skips before their projection and after every convolution of the last two groups "
-        "(all three and block 8 in resnet8 to resnet110)",
+        "convolutions and skips (before projection) of the last two groups",
     ),
-    "dropout": Placement(("conv", "last_conv"), 1, "after the convolutions of the last group"),
-    "spatialdropout": Placement(
-        ("conv", "last_conv"), 1, "after the convolutions of the last group"
-    ),
+    "dropout": Placement(("conv", "last_conv"), 1, "convolutions of the last group"),
+    "spatialdropout": Placement(("conv", "last_conv"), 1, "convolutions of the last group"),
     "rblock": Placement(
         ("conv", "last_conv", "skip"),
         2,
-        "after every convolution and on the skips of the last two groups, at whose entrance the "
-        "batch forks (before the classifier for sub_models r-drop and c-drop)",
+        "convolutions and skips of the last two groups, fork in front of them",
     ),
-    "stochasticdepth": Placement(
-        ("last_conv",), 0, "on every residual branch, one rate for all of them"
-    ),
+    "stochasticdepth": Placement(("last_conv",), 0, "every residual branch, one rate for all"),
 }
 
 
