@@ -98,14 +98,18 @@ def test_statistics_are_those_of_the_maps_before_the_layer():
 
 
 def test_statistics_do_not_depend_on_batches_and_other_candidates():
+    torch.manual_seed(0)
     model, images = timm.create_model("resnet20").eval(), smooth_images(7)
     attach(model, "dropcluster", modules=["layer2.0.act1"], img_size=32)
-    whole = hopkins_report(model, images)
-    parts = hopkins_report(model, images, batch_size=3)
+    whole = hopkins_report(model, images, n_points=2000)
+    parts = hopkins_report(model, images, n_points=2000, batch_size=3)
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert a.name == b.name
-        torch.testing.assert_close(a.per_channel, b.per_channel, atol=0.06, rtol=0)
-    convs = {found.name: found for found in hopkins_report(model, images, layers="convs").layers}
+        torch.testing.assert_close(a.per_channel, b.per_channel, atol=0.04, rtol=0)
+    convs = {
+        found.name: found
+        for found in hopkins_report(model, images, layers="convs", n_points=2000).layers
+    }
     for common in [found for found in whole.layers if found.name in convs]:
         assert torch.equal(common.per_channel, convs[common.name].per_channel)
     assert [found.name for found in whole.layers] == [
@@ -273,7 +277,9 @@ def test_the_mask_drops_whole_clusters():
     state = torch.get_rng_state()
     mask = training_mask(model, "act1", seed=7)
     assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
     assert torch.equal(training_mask(model, "act1", seed=7).kept, mask.kept)
+    assert not torch.equal(training_mask(model, "act1", seed=8).kept, mask.kept)
     labels = model.act1.dropcluster.labels
     for channel in range(6):
         for y in range(28):
@@ -396,7 +402,7 @@ def test_a_study_tells_clusters_of_the_data_from_others():
         cluster_study("stem", torch.zeros(3, 4, 12, 15), labels, structured, 6)
 
 
-@pytest.mark.parametrize("n", [2, 15, 40])
+@pytest.mark.parametrize("n", [2, 15, 40, 600])
 def test_clusters_that_touch_have_different_colours(n):
     labels = voronoi_cells((30, 20), n, torch.Generator().manual_seed(n)).numpy()
     picture = colour_labels(labels)
