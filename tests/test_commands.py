@@ -1,5 +1,6 @@
 """python -m timm_structdrop inspect and fit: what they print and write, and what they refuse."""
 
+import argparse
 import csv
 import errno
 import json
@@ -14,8 +15,10 @@ import torch
 from PIL import Image
 
 import timm_structdrop.commands.fit as fit_command
+import timm_structdrop.commands.inspect as inspect_command
 from timm_structdrop.__main__ import main
 from timm_structdrop.cluster import adjusted_rand_index, rena
+from timm_structdrop.commands._images import load_subject
 from timm_structdrop.data import create_dataset
 from timm_structdrop.errors import UserError, run_command
 
@@ -47,6 +50,12 @@ def checkpoint(tmp_path_factory) -> Path:
     content = {"state_dict": model.state_dict(), "arch": "lenet5_dropcluster", "args": args}
     torch.save(content, path)
     return path
+
+
+def command_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    inspect_command.add_flags(parser)
+    return parser.parse_args(argv[1:])
 
 
 def names(folder: Path) -> set[str]:
@@ -141,6 +150,8 @@ def test_inspect_of_a_fitted_model(fitted, tmp_path, capsys):
     assert names(out) == NUMBERS | PICTURES | OF_CLUSTERS | {"study.csv"}
     assert all(str(out / name) in text for name in names(out))
     check_files(out)
+    assert text.startswith(f"local-dir:{fitted} (pretrained weights), 24 validation images")
+    assert load_subject(command_args(argv)).name == "lenet5_dropcluster"  # for the titles
     clusters = json.loads((out / "clusters.json").read_text())
     model = timm.create_model(f"local-dir:{fitted}", pretrained=True)
     assert clusters["unstructured"] == int((~model.act1.dropcluster.structured).sum())

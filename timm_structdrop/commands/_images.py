@@ -52,7 +52,7 @@ class Subject:
     """What a command works on.
 
     Attributes:
-        name: the model's name.
+        name: the model's name; of a folder or repository, the architecture in it.
         model: in eval mode, on its device.
         images: normalised, (N, C, H, W), on the CPU.
         data: timm's data config of the images.
@@ -139,7 +139,11 @@ def load_subject(args: argparse.Namespace) -> Subject:
         "input_size": list(images.shape[1:]),
         "seed": flags.seed,
     }
-    return Subject(flags.model, model, images, data, facts)
+    return Subject(_short_name(flags.model, model), model, images, data, facts)
+
+
+def _short_name(name: str, model: nn.Module) -> str:
+    return str(model.pretrained_cfg["architecture"]) if ":" in name else name  # type: ignore[index]
 
 
 def _device(name: str | None) -> torch.device:

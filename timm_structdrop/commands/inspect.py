@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} must be at least 1; got {getattr(args, name)}")
     files = Files(output_folder(args.output))
     subject = load_subject(args)
-    print(f"{subject.name} ({subject.facts['weights']} weights), {subject.images_text()}\n")
+    print(
+        f"{subject.facts['model']} ({subject.facts['weights']} weights), {subject.images_text()}\n"
+    )
     inspect_layers(args, subject, files)
     fitted_here = [n for n, layer in cluster_layers(subject.model).items() if not layer.is_fitted]
     if fitted_here:
