@@ -261,3 +261,13 @@ def test_the_help_names_every_flag(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert all(action in printed for action in ("--drop-schedule", "--cluster-start", "--recipe"))
+
+
+@pytest.mark.parametrize("flags", [("lenet5", "--img-size", "24"), ("resnet8", "--in-chans", "1")])
+def test_the_images_have_the_channels_and_the_size_of_the_model(flags, tmp_path):
+    """timm takes three channels for granted with --img-size, and forgets --in-chans without it."""
+    train.main(
+        ["--dataset", "digits", "--workers", "0", "--epochs", "1", "--warmup-epochs", "0",
+         "--num-classes", "10", "--device", "cpu", "--output", str(tmp_path), "--model", *flags]
+    )  # fmt: skip
+    assert list(tmp_path.glob("*/last.pth.tar"))

@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from timm_structdrop.data import SeededDataset, class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.evaluation import evaluate
+from timm_structdrop.models._trace import first_conv
 from timm_structdrop.training import Progress
 
 __all__ = ["evaluation", "input_settings", "training_batches", "validation_batches"]
@@ -23,13 +24,13 @@ __all__ = ["evaluation", "input_settings", "training_batches", "validation_batch
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 
 
-def input_settings(flags: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+def input_settings(flags: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Input size, normalisation and resizing: what the flags say, else what the model says.
 
     Raises:
         UserError: the mean, the deviation or the interpolation is not one that fits.
     """
-    channels = flags.input_size[0] if flags.input_size else flags.in_chans or 3
+    channels = first_conv(model).in_channels
     for name in ("mean", "std"):
         values = getattr(flags, name)
         if values is not None and len(values) not in (1, channels):
@@ -37,7 +38,13 @@ def input_settings(flags: argparse.Namespace, model: nn.Module) -> dict[str, Any
     for name in (flags.interpolation, flags.train_interpolation):
         if name and name != "random" and name not in INTERPOLATIONS:
             raise UserError(f"unknown interpolation {name!r}{nearest(name, INTERPOLATIONS)}")
-    return resolve_data_config(vars(flags), model=model)
+    settings = dict(vars(flags))
+    if not settings.get("input_size"):
+        # timm takes three channels for granted with --img-size, and the model's size otherwise
+        size = settings.get("img_size")
+        height, width = (size, size) if size else model.pretrained_cfg["input_size"][1:]
+        settings["input_size"] = (channels, height, width)
+    return resolve_data_config(settings, model=model)
 
 
 def training_batches(
