@@ -13,8 +13,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import nibabel
@@ -25,6 +24,7 @@ from nilearn.regions.rena_clustering import recursive_neighbor_agglomeration
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks._timing import one_thread
 from timm_structdrop.cluster import rena
 
 BATCH = 64
@@ -64,17 +64,6 @@ def timed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return 1000 * (time.perf_counter() - start)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch on one CPU thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run(repeats: int = 7) -> list[dict[str, Any]]:

@@ -203,8 +203,4 @@ def test_the_amoebanet_setting_on_nasnet():
     ]
     assert arguments == {"modules": norms, "block_size": 11}
     assert "nasnetalarge_dropblock" in variants
-    assert regularizers_default("dropblock") == 0.1
-
-
-def regularizers_default(name):
-    return timm_structdrop.regularizers[name].layer.default_drop_prob()
+    assert timm_structdrop.regularizers["dropblock"].layer.default_drop_prob() == 0.1
