@@ -5,10 +5,10 @@ from timm_structdrop.recipes.flags import (
     add_device_flags,
     add_model_flags,
     add_source_flags,
-    train_parser,
 )
 from timm_structdrop.recipes.parser import FlagParser, parse_structdrop
 from timm_structdrop.recipes.sources import load_recipe, parse_with_sources, recipe_names
+from timm_structdrop.recipes.train_flags import train_parser
 
 __all__ = [
     "FlagParser",

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from timm_structdrop.errors import UserError, nearest
-from timm_structdrop.recipes.flags import train_parser
 from timm_structdrop.recipes.parser import FlagParser
+from timm_structdrop.recipes.train_flags import train_parser
 
 __all__ = ["load_recipe", "parse_with_sources", "recipe_names"]
 

@@ -1,0 +1,245 @@
+"""The flags of train.py: timm's names and defaults, and ours.
+
+Of timm's train.py these are left out: NaFlex and scheduled-resolution loading, knowledge
+distillation, the JSD loss and augmentation splits (``--aug-splits``, ``--split-bn``,
+``--resplit``), TorchScript and ``--fuser``, Weights & Biases, ``--model-dtype``, ``--tta``,
+``--save-images``, ``--use-multi-epochs-loader``, ``--device-modules`` and ``--worker-seeding`` (the
+data are seeded by sample). ``--local-rank`` is not needed: torchrun sets the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from timm_structdrop.recipes.flags import (
+    SWITCH,
+    add_data_flags,
+    add_device_flags,
+    add_model_flags,
+    add_source_flags,
+)
+from timm_structdrop.recipes.optimizer_flags import (
+    add_loss_flags,
+    add_optimizer_flags,
+    add_scheduler_flags,
+)
+from timm_structdrop.recipes.parser import FlagParser, at_least, fraction
+from timm_structdrop.training import schedule_shapes
+
+__all__ = ["train_parser"]
+
+
+def train_parser() -> FlagParser:
+    """The parser of train.py."""
+    parser = FlagParser(prog="train.py", description="Train a model with structured dropout.")
+    add_source_flags(parser)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    _add_training_data_flags(parser)
+    _add_start_flags(parser)
+    _add_regularizer_flags(parser)
+    add_optimizer_flags(parser)
+    add_scheduler_flags(parser)
+    _add_augmentation_flags(parser)
+    add_loss_flags(parser)
+    add_device_flags(parser)
+    _add_distributed_flags(parser)
+    _add_run_flags(parser)
+    return parser
+
+
+def _add_training_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Training data").add_argument
+    add(
+        "-b",
+        "--batch-size",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="images per process and step",
+    )
+    add(
+        "-vb",
+        "--validation-batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="the same as -b if not given",
+    )
+    add("--train-split", default="train", metavar="NAME", help="split to train on")
+    add(
+        "--train-num-samples",
+        type=at_least(0),
+        metavar="N",
+        help="samples of an iterable training split",
+    )
+    add(
+        "--train-fraction",
+        type=fraction,
+        metavar="F",
+        help="train on this share of every class, drawn with --train-fraction-seed",
+    )
+    add(
+        "--train-fraction-seed",
+        type=at_least(0),
+        metavar="S",
+        help="--seed if not given; a larger share holds the smaller ones of its seed",
+    )
+    add("--epoch-repeats", type=float, default=0.0, metavar="N", help="repeats of iterable data")
+
+
+def _add_start_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Start and continuation").add_argument
+    add("--pretrained-path", metavar="FILE", help="pretrained weights, adapted to the model")
+    add("--initial-checkpoint", default="", metavar="FILE", help="weights to start from")
+    add(
+        "--resume",
+        default="",
+        metavar="PATH",
+        help="continue exactly: an output folder (settings from its args.yaml), or a "
+        "checkpoint in it",
+    )
+    add("--no-resume-opt", action="store_true", help="take only the weights from --resume")
+    add("--start-epoch", type=at_least(0), metavar="N", help="first epoch, whatever --resume says")
+    add("--head-init-scale", type=float, metavar="X", help="scale of the classifier's start")
+    add("--head-init-bias", type=float, metavar="X", help="start of the classifier's bias")
+
+
+def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Structured dropout and other drop rates").add_argument
+    add("--drop", type=fraction, default=0.0, metavar="P", help="dropout before the classifier")
+    add("--drop-path", type=fraction, metavar="P", help="stochastic depth, timm's linear rule")
+    add("--drop-block", type=float, metavar="P", help="rate of the structured layers")
+    add(
+        "--drop-schedule",
+        choices=tuple(schedule_shapes),
+        help="how the rate of the structured layers moves over training; the paper's if not given "
+        "(linear for DropBlock, constant for the others)",
+    )
+    add(
+        "--drop-schedule-start",
+        type=at_least(0.0),
+        default=0.0,
+        metavar="EPOCH",
+        help="epoch at which the drop schedule begins",
+    )
+    add(
+        "--cluster-start",
+        type=at_least(0),
+        default=50,
+        metavar="EPOCH",
+        help="DropCluster's first fit",
+    )
+    add(
+        "--cluster-every", type=at_least(1), default=50, metavar="N", help="epochs between its fits"
+    )
+
+
+def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Augmentation").add_argument
+    add("--no-aug", action="store_true", help="no augmentation, whatever the other flags say")
+    add("--train-crop-mode", metavar="MODE", help="rrc, rkrc or rkrr; rrc if not given")
+    add("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="PCT", help="crop's area")
+    add("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="R", help="crop's aspect")
+    add(
+        "--crop-padding",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="random crop after padding by N pixels, instead of the random resized crop",
+    )
+    add(
+        "--shift",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="random shift by up to N pixels of the original image, instead of it",
+    )
+    add(
+        "--rotation",
+        type=at_least(0.0),
+        default=0.0,
+        metavar="DEG",
+        help="random rotation by up to DEG",
+    )
+    add("--hflip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--vflip", type=fraction, default=0.0, metavar="P", help="probability of a vertical flip")
+    add(
+        "--color-jitter",
+        type=at_least(0.0),
+        default=0.4,
+        metavar="X",
+        help="strength of colour jitter",
+    )
+    add("--color-jitter-prob", type=fraction, metavar="P", help="probability of colour jitter")
+    add("--grayscale-prob", type=fraction, metavar="P", help="probability of turning grey")
+    add("--gaussian-blur-prob", type=fraction, metavar="P", help="probability of a blur")
+    add("--aa", metavar="POLICY", help="AutoAugment, RandAugment, ... as timm writes them")
+    add("--aug-repeats", type=float, default=0, metavar="N", help="repeats (distributed only)")
+    add("--reprob", type=fraction, default=0.0, metavar="P", help="probability of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what it fills in")
+    add("--recount", type=at_least(1), default=1, metavar="N", help="regions it erases")
+    add("--mixup", type=at_least(0.0), default=0.0, metavar="ALPHA", help="mixup, on above 0")
+    add("--cutmix", type=at_least(0.0), default=0.0, metavar="ALPHA", help="cutmix, on above 0")
+    add("--cutmix-minmax", type=float, nargs="+", metavar="X", help="its area, instead of alpha")
+    add(
+        "--mixup-prob", type=fraction, default=1.0, metavar="P", help="probability of mixing at all"
+    )
+    add(
+        "--mixup-switch-prob",
+        type=fraction,
+        default=0.5,
+        metavar="P",
+        help="of cutmix when both are on",
+    )
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="drawn per what")
+    add(
+        "--mixup-off-epoch",
+        type=at_least(0),
+        default=0,
+        metavar="EPOCH",
+        help="no mixing from here on",
+    )
+    add("--train-interpolation", default="random", metavar="NAME", help="resizing in training")
+
+
+def _add_distributed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Distributed training (torchrun train.py ...)").add_argument
+    add("--sync-bn", action=SWITCH, default=False, help="batch norm over all processes")
+    add(
+        "--dist-bn",
+        default="reduce",
+        choices=("reduce", "broadcast", ""),
+        help="how processes agree on batch norm statistics after each epoch",
+    )
+    add("--no-ddp-bb", action="store_true", help="do not broadcast buffers at each step")
+    add("--synchronize-step", action=SWITCH, default=False, help="wait for the GPU at each step")
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Run").add_argument
+    add("--seed", type=at_least(0), default=42, metavar="S", help="all randomness comes from it")
+    add("--output", default="", metavar="DIR", help="where output folders go; ./output/train if ''")
+    add("--experiment", default="", metavar="NAME", help="name of the output folder")
+    add("--log-interval", type=at_least(1), default=50, metavar="N", help="steps between log lines")
+    add(
+        "--val-interval",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="epochs between evaluations",
+    )
+    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what 'best' means")
+    add(
+        "--checkpoint-hist",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="best checkpoints to keep",
+    )
+    add(
+        "--recovery-interval",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="updates between recovery checkpoints; none if 0",
+    )
