@@ -13,6 +13,9 @@ from torch.utils.data import IterableDataset
 from timm_structdrop.data.augment import ToMode, TransformedFirst, own_size_transforms
 from timm_structdrop.data.digits import DigitsDataset
 from timm_structdrop.data.images import ReadImageFile, WholeImageDataset
+from timm_structdrop.data.layout import TORCH_LAYOUTS, expected_and_found
+from timm_structdrop.data.subset import balanced_subset
+from timm_structdrop.data.tiny_imagenet import HOW_TO_GET, TinyImageNet
 from timm_structdrop.errors import UserError, nearest
 
 TRAIN_SPLITS = ("train", "training")
@@ -41,7 +44,13 @@ HUB_PREFIXES = ("hfds", "hfids", "tfds", "wds")
 def dataset_names() -> list[str]:
     """Every data set name there is; those of a library end in `/NAME`."""
     named = [name for name in FOLDER_NAMES if name]
-    return ["digits", *named, *TORCH_NAMES, *(f"{prefix}/NAME" for prefix in HUB_PREFIXES)]
+    return [
+        "digits",
+        "tiny_imagenet",
+        *named,
+        *TORCH_NAMES,
+        *(f"{prefix}/NAME" for prefix in HUB_PREFIXES),
+    ]
 
 
 def create_dataset(
@@ -57,14 +66,18 @@ def create_dataset(
     crop_padding: int = 0,
     rotation: float = 0.0,
     shift: int = 0,
+    share: float | None = None,
+    share_seed: int = 42,
     **kwargs: Any,
 ) -> Any:
     """A data set of (PIL image, class) pairs with the `transform` attribute timm's loaders set.
 
-    `name` is `"digits"` or anything `timm.data.create_dataset` takes: `""` for folders and tar
-    files of images, `torch/cifar10`, `hfds/...`; `kwargs` go there. `input_img_mode` is the PIL
-    mode of the images (default RGB). `crop_padding`, `rotation` and `shift` are random
-    augmentations at the image's own size (`own_size_transforms`), before `transform`.
+    `name` is `"digits"`, `"tiny_imagenet"` (`TinyImageNet`) or anything that
+    `timm.data.create_dataset` takes: `""` for folders and tar files of images, `torch/cifar10`,
+    `hfds/...`; `kwargs` go there. `input_img_mode` is the PIL mode of the images (default RGB).
+    `crop_padding`, `rotation` and `shift` are random augmentations at the image's own size
+    (`own_size_transforms`), before `transform`. `share` in (0, 1] keeps that share of every class,
+    drawn with `share_seed` (`balanced_indices`).
 
     Raises `UserError` for names, folders, splits and files that are not there or not usable, at
     once where it can be known and otherwise from the sample that can't be read.
@@ -74,6 +87,8 @@ def create_dataset(
     first = own_size_transforms(crop_padding, rotation, shift)
     if name == "digits":
         dataset: Any = DigitsDataset(_is_train(name, split), mode)
+    elif name == "tiny_imagenet":
+        dataset = _tiny_imagenet(root, split, mode, download)
     elif name in FOLDER_NAMES:
         dataset = _image_files(root, split, mode, class_map, kwargs.get("input_key"))
     elif name in TORCH_NAMES:
@@ -92,6 +107,8 @@ def create_dataset(
             seed=seed,
             **kwargs,
         )
+    if share is not None:
+        dataset = balanced_subset(dataset, share, share_seed)
     if not first:
         return dataset
     if isinstance(dataset, IterableDataset):
@@ -163,6 +180,11 @@ def _image_files(
         raise UserError(f"data folder must be a folder or a .tar file of images; got file {root}")
     _check_class_map(class_map, path)
     if path.is_dir():
+        if (path / "wnids.txt").is_file():
+            raise UserError(
+                f"data folder must hold a folder of images for each class; {root} has the layout "
+                "of Tiny ImageNet (--dataset tiny_imagenet)"
+            )
         _check_split_folder(path, split)
     try:
         found = timm.data.create_dataset(
@@ -174,6 +196,15 @@ def _image_files(
             f"for the split {split!r} ({error})"
         ) from error
     return WholeImageDataset(root, reader=found.reader, input_img_mode=mode)
+
+
+def _tiny_imagenet(root: str | None, split: str, mode: str, download: bool) -> TinyImageNet:
+    if split == "test":
+        raise UserError("the test split of tiny_imagenet has no labels: use validation; got test")
+    if download and not (root and Path(root).exists()):
+        raise UserError(f"tiny_imagenet cannot be downloaded by --dataset-download: {HOW_TO_GET}")
+    path = _existing_root("tiny_imagenet", root)
+    return TinyImageNet(path, _is_train("tiny_imagenet", split), mode)
 
 
 def _torchvision(name: str, root: str | None, split: str, mode: str, download: bool) -> Any:
@@ -192,7 +223,12 @@ def _torchvision(name: str, root: str | None, split: str, mode: str, download: b
     except (RuntimeError, OSError, ValueError) as error:
         if name in TORCH_FOLDERS or not download:
             what_to_do = _how_to_get(name)
-            raise UserError(f"data folder must hold {name}{what_to_do}; {root}: {error}") from error
+            layout = ""
+            if name in TORCH_LAYOUTS:
+                layout = f"; {expected_and_found(TORCH_LAYOUTS[name], Path(root))}"
+            raise UserError(
+                f"data folder must hold {name}{what_to_do}; {root}: {error}{layout}"
+            ) from error
         raise UserError(f"{name} cannot be downloaded to {root}: {error}") from error
 
 

@@ -146,9 +146,16 @@ def validation_batches(
 
 
 def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bool) -> Any:
-    own_size: dict[str, Any] = {}
+    training_only: dict[str, Any] = {}
+    if is_training and flags.train_fraction is not None:
+        seed = flags.train_fraction_seed
+        training_only = {
+            "share": flags.train_fraction,
+            "share_seed": flags.seed if seed is None else seed,
+        }
     if is_training and not flags.no_aug:
-        own_size = {name: getattr(flags, name) for name in ("crop_padding", "rotation", "shift")}
+        for name in ("crop_padding", "rotation", "shift"):
+            training_only[name] = getattr(flags, name)
     return create_dataset(
         flags.dataset,
         flags.data_dir or flags.data,
@@ -164,7 +171,7 @@ def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bo
         target_key=flags.target_key,
         num_samples=flags.train_num_samples if is_training else flags.val_num_samples,
         trust_remote_code=flags.dataset_trust_remote_code,
-        **own_size,
+        **training_only,
     )
 
 

@@ -29,7 +29,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Data").add_argument
     add("data", nargs="?", metavar="DIR", help="folder of the data (also --data-dir)")
     add("--data-dir", metavar="DIR", help="folder of the data")
-    add("--dataset", default="", metavar="NAME", help="digits, or timm's <type>/<name>")
+    add(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="digits, tiny_imagenet, or timm's <type>/<name>",
+    )
     add("--val-split", default="validation", metavar="NAME", help="evaluated split; '' for none")
     add("--dataset-download", action=SWITCH, default=False, help="let torch/ and tfds/ download")
     add("--class-map", default="", metavar="FILE", help="mapping of classes to indices")
