@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
@@ -211,6 +212,20 @@ def test_one_graph_serves_every_step():
     assert counter.frame_count == 1
 
 
+def test_compiled_without_a_target_it_warns_once_in_one_graph():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    torch.manual_seed(0)
+    compiled = torch.compile(CamDrop2d(0.3, 3).train(), backend=counter, fullgraph=True)
+    with pytest.warns(UserWarning, match="no target was given") as found:
+        for _ in range(3):
+            compiled(torch.randn(2, 8, 6, 6))
+    assert len(found) == counter.frame_count == 1
+    layer = CamDrop2d(0.3, 3).train()
+    layer.set_cam(torch.randn(2, 8))
+    torch.compile(layer, backend=counter, fullgraph=True)(torch.randn(2, 8, 6, 6))  # silent
+
+
 def test_averaged_copies_and_autocast():
     model, images, target, seen = build()
     task = StructDropTask(model)
@@ -241,6 +256,39 @@ def test_in_distributed_training(tmp_path):
         torch.testing.assert_close(results[0], results[1])
     finally:
         dist.destroy_process_group()
+
+
+def test_two_processes_are_guided_by_their_own_targets_to_the_same_weights(tmp_path):
+    mp.spawn(train_in_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one["weights"] and one["guided"] and two["guided"]
+    assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in one["weights"])
+    assert one["loss"] != two["loss"]
+
+
+def train_in_process(rank, store, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, images, target, seen = build()
+    target = (target + rank) % CLASSES
+    task = StructDropTask(model)
+    task.prepare_distributed()
+    torch.manual_seed(rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guided = True
+    for _ in range(2):
+        expected = model.fc.weight.detach()[target].clone()
+        optimizer.zero_grad()
+        loss = task(images, target)["loss"]
+        loss.backward()
+        guided &= all(torch.equal(cam, expected) for cam in seen) and len(seen) == 9
+        guided &= is_forgotten(model)
+        seen.clear()
+        optimizer.step()
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+    found = {"weights": weights, "loss": float(loss), "guided": guided}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_any_timm_cnn_can_be_guided():

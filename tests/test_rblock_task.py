@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -15,10 +16,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from timm_structdrop import attach
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import SUB_MODELS, Fork, ForkAware, RBlock2d
+from timm_structdrop.layers import SUB_MODELS, CamDrop2d, Fork, ForkAware, RBlock2d
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training import DropSchedule, RBlockTask, StructDropTask, make_task
 from timm_structdrop.training.rblock import mutual_kl
+from timm_structdrop.training.targets import TargetGuide
 
 CLASSES = 5
 
@@ -67,6 +69,34 @@ def concatenated_step(model, images, target, seed, temperature=3.0, alpha=0.1):
     logits = model(torch.cat([images, images]))
     first, second = logits[: len(images)], logits[len(images) :]
     return loss_by_the_equations(first, second, target, temperature, alpha), logits
+
+
+@contextmanager
+def front_once(model, n):
+    """CamDrop in front of the fork drops the same in both halves of a concatenated batch."""
+    front = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, CamDrop2d) and name.startswith("layer1"):
+            front.append(layer)
+
+            def once(x, plain=layer.forward, layer=layer):
+                cam = layer.cam
+                layer.set_cam(cam[:n])
+                # the scale of each sample is its own, so halves can be dropped in apart
+                state = torch.get_rng_state()
+                first = plain(x[:n])
+                after = torch.get_rng_state()
+                torch.set_rng_state(state)
+                second = plain(x[n:])
+                torch.set_rng_state(after)
+                layer.set_cam(cam)
+                return torch.cat((first, second))
+
+            layer.forward = once
+    assert front
+    yield
+    for layer in front:
+        del layer.forward
 
 
 def behind_the_fork(model, name):
@@ -205,6 +235,16 @@ class TestFlag:
             task(torch.randn(2, 4, 32, 32), torch.tensor([0, 1]))
         assert not any(m.forked for m in model.modules() if isinstance(m, ForkAware))
         assert model.eval()(batch()[0]).shape == (4, CLASSES)
+
+    def test_compiled_without_its_task_it_warns_once_in_one_graph(self):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        model = build("lenet5_rblock", in_chans=3)
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        with pytest.warns(UserWarning, match="trained without its task") as warnings:
+            for _ in range(2):
+                compiled(batch()[0])
+        assert len(warnings) == counter.frame_count == 1
 
     @pytest.mark.parametrize("sub_models", SUB_MODELS)
     def test_a_model_without_its_task_warns_once_and_is_sane(self, sub_models):
@@ -409,6 +449,24 @@ class TestPlacement:
         model = build("resnet18_rblock")
         attach(model, "dropblock", block_size=3)
         assert task_of(model)(*batch(2, 64))["output"].shape == (2, CLASSES)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_camdrop_around_the_fork_has_the_targets_of_both_sub_models(self, checkpointing):
+        """As in a pass over (x, x) guided by (y, y); stage 1 is in front of the fork."""
+        model = build(drop_block_rate=0.2).double()
+        attach(model, "camdrop", stages=[1, 3], drop_prob=0.3, block_size=3, img_size=32)
+        twin = copy.deepcopy(model)
+        images, target = batch(3, 32, torch.float64)
+        with TargetGuide(twin).given(torch.cat((target, target)), 6), front_once(twin, 3):
+            expected, _ = concatenated_step(twin, images, target, seed=2)
+        expected.backward()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(2)
+        result = task_of(model)(images, target)
+        result["loss"].backward()
+        torch.testing.assert_close(result["loss"], expected, rtol=1e-6, atol=1e-7)
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

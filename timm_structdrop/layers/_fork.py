@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
+from timm_structdrop.layers._tell import tell
+
 __all__ = ["Fork", "ForkAware", "halves"]
+
+WITHOUT_TASK = (
+    "an R-Block model is trained without its task: the batch is not forked, and each sample goes "
+    "through one random sub model in every layer; train it with timm_structdrop.training.RBlockTask"
+)
 
 
 class ForkAware(nn.Module):
@@ -35,8 +40,9 @@ class Fork(ForkAware):
     """Where a batch is forked: (B, ...) to (2B, ...), the batch twice, sub model by sub model.
 
     It forks in training and only while a task asks for it (:class:`ForkAware`); otherwise it is the
-    identity. It has neither parameters nor buffers. Trained without such a task it warns, once:
-    the R-Block layers behind it then act as single sub models.
+    identity. It has neither parameters nor buffers. Trained without such a task it warns, once (and
+    once for each graph of ``torch.compile``): the R-Block layers behind it then act as single sub
+    models.
     """
 
     _warned: bool = False
@@ -46,14 +52,11 @@ class Fork(ForkAware):
             return x
         if self.is_forked():
             return torch.cat((x, x))
-        if not (self._warned or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            tell(WITHOUT_TASK)
+        elif not self._warned:
             self._warned = True
-            warnings.warn(
-                "an R-Block model is trained without its task: the batch is not forked, and each "
-                "sample goes through one random sub model in every layer; train it with "
-                "timm_structdrop.training.RBlockTask",
-                stacklevel=2,
-            )
+            tell(WITHOUT_TASK)
         return x
 
 

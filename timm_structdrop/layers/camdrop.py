@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
 from timm_structdrop.layers._blocks import clamp_block, grow_blocks
 from timm_structdrop.layers._few_maps import drop_in_maps
+from timm_structdrop.layers._fork import ForkAware
 from timm_structdrop.layers._guide import (
     candidate_pixels,
     dominant_channels,
@@ -20,6 +20,7 @@ from timm_structdrop.layers._guide import (
 )
 from timm_structdrop.layers._rate import check_block_size, paper_rate
 from timm_structdrop.layers._registry import register
+from timm_structdrop.layers._tell import tell
 
 __all__ = ["CamDrop2d", "cam_drop_2d"]
 
@@ -29,6 +30,10 @@ CHOICES = {
     "rank": ("valid", "all"),
     "seed_rate": ("candidates", "dropblock"),
 }
+WITHOUT_TARGET = (
+    "CamDrop2d: no target was given to this forward in training, so averages guide it "
+    "(guide='avg'); train with timm_structdrop.training.StructDropTask"
+)
 
 
 def cam_drop_2d(
@@ -175,11 +180,12 @@ def _check_numbers(n_channels: int | float | None, n_pixels: int | None) -> None
     summary="drops blocks where the target's class activation map is highest",
     paper="Wang et al. 2019, doi:10.1145/3357384.3357999",
 )
-class CamDrop2d(StructDropLayer):
+class CamDrop2d(StructDropLayer, ForkAware):
     """CamDrop: see :func:`cam_drop_2d`.
 
     A training task gives the layer each batch's target through :meth:`set_cam`; a forward in
-    training without it is guided by averages (``guide="avg"``), and says so once.
+    training without it is guided by averages (``guide="avg"``), and says so once (and once for each
+    graph of ``torch.compile``). Behind the fork of R-Block both sub models have the same target.
 
     The blocks depend on the label, so the layers behind them can learn to read it there: a network
     with many of these layers on small maps may fit its training data far better than it predicts.
@@ -231,16 +237,20 @@ class CamDrop2d(StructDropLayer):
         self.cam = None if alpha is None else alpha.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        forked = self.training and self.is_forked()
         if self.is_off():
             return x
-        if self.cam is None and not self._told:
+        cam = self.cam
+        if cam is None:
             self._tell()
+        elif forked and len(x) == 2 * len(cam):
+            cam = torch.cat((cam, cam))  # a layer in front of the fork has the batch once
         return cam_drop_2d(
             x,
-            self.cam,
+            cam,
             self.live_rate(),
             self.block_size,
-            "avg" if self.cam is None else self.guide,
+            "avg" if cam is None else self.guide,
             self.channels,
             self.n_channels,
             self.n_pixels,
@@ -249,14 +259,11 @@ class CamDrop2d(StructDropLayer):
         )
 
     def _tell(self) -> None:
-        if torch.compiler.is_compiling():
+        if self._told:
             return
-        self._told = True
-        warnings.warn(
-            "CamDrop2d: no target was given to this forward in training, so averages guide it "
-            "(guide='avg'); train with timm_structdrop.training.StructDropTask",
-            stacklevel=3,
-        )
+        if not torch.compiler.is_compiling():
+            self._told = True
+        tell(WITHOUT_TARGET)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cam": None}  # a copy made in mid-step does not keep the target

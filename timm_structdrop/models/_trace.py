@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import Fork, StructDropLayer
 
-__all__ = ["NORMS", "Step", "first_conv", "map_shape", "trace"]
+__all__ = ["NORMS", "Step", "first_conv", "forward_zeros", "map_shape", "trace"]
 
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
@@ -96,7 +96,7 @@ def trace(
             handles.append(module.register_forward_pre_hook(partial(enter, path)))
             handles.append(module.register_forward_hook(partial(watch, path, leaf)))
     try:
-        _forward_zero_image(model, img_size)
+        forward_zeros(model, img_size)
     finally:
         for handle in handles:
             handle.remove()
@@ -123,7 +123,7 @@ def map_shape(
     if module is not None:
         handle = module.register_forward_hook(watch)
         try:
-            _forward_zero_image(model, img_size)
+            forward_zeros(model, img_size)
         finally:
             handle.remove()
     if not shapes:
@@ -133,19 +133,25 @@ def map_shape(
     return shapes[0]
 
 
-def _forward_zero_image(model: nn.Module, img_size: tuple[int, int]) -> None:
-    """One eval forward without gradients, which a hook may end with :class:`_Stop`."""
+def forward_zeros(model: nn.Module, img_size: tuple[int, int], images: int = 1) -> Any:
+    """One eval forward without gradients of zero images, as many as ``images``.
+
+    A hook may end it with :class:`_Stop`; the training flags are as before afterwards.
+
+    Returns:
+        The output of the model; None where a hook ended the pass.
+    """
     training = [module for module in model.modules() if module.training]
     conv = first_conv(model)
-    image = torch.zeros(
-        1, conv.in_channels, *img_size, device=conv.weight.device, dtype=conv.weight.dtype
+    zeros = torch.zeros(
+        images, conv.in_channels, *img_size, device=conv.weight.device, dtype=conv.weight.dtype
     )
     try:
         model.eval()
         with torch.no_grad():
-            model(image)
+            return model(zeros)
     except _Stop:
-        pass
+        return None
     finally:
         for module in training:
             module.training = True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import HEAD_SUB_MODELS, Fork, RBlock2d
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.models._trace import forward_zeros
 from timm_structdrop.models.slots import Slot, stage_modules
 
 __all__ = ["head_slot", "insert_fork", "is_on_head", "refuse_second_fork"]
@@ -104,7 +104,7 @@ def _around_first_layer(model: nn.Module, img_size: tuple[int, int]) -> list[str
         if isinstance(module, RBlock2d)
     ]
     try:
-        _forward_zeros(model, img_size)
+        forward_zeros(model, img_size)
     finally:
         for handle in handles:
             handle.remove()
@@ -139,26 +139,11 @@ def _doubles_everything(model: nn.Module, path: str, img_size: tuple[int, int]) 
     layers = [module for module in model.modules() if isinstance(module, RBlock2d)]
     handles += [layer.register_forward_pre_hook(note) for layer in layers]
     try:
-        output = _forward_zeros(model, img_size)
+        # one image would broadcast anywhere
+        output = forward_zeros(model, img_size, images=2)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False  # the halves of the network no longer fit together
     finally:
         for handle in handles:
             handle.remove()
     return isinstance(output, Tensor) and {*batches, len(output)} == {4}
-
-
-def _forward_zeros(model: nn.Module, img_size: tuple[int, int]) -> Any:
-    """One eval forward without gradients of two zero images (one would broadcast anywhere)."""
-    training = [module for module in model.modules() if module.training]
-    conv = first_conv(model)
-    images = torch.zeros(
-        2, conv.in_channels, *img_size, device=conv.weight.device, dtype=conv.weight.dtype
-    )
-    try:
-        model.eval()
-        with torch.no_grad():
-            return model(images)
-    finally:
-        for module in training:
-            module.training = True
