@@ -122,6 +122,30 @@ def test_structdrop_attaches_to_any_model(run):
     assert float(rows(constant)[0]["drop_prob"]) == 0.25
 
 
+@pytest.mark.parametrize("shape", ["inverse", "v"])
+def test_camdrops_schedules_move_its_rate_over_the_run(run, shape):
+    """gamma = 1 - rate: from its target to 1 (inverse); to 1 half-way and back (v)."""
+    folder = run(
+        "--model", "lenet5_camdrop", "--epochs", "4", "--drop-block", "0.2", "--drop-schedule",
+        shape, "--val-split", "",
+    )  # fmt: skip
+    rates = [float(row["drop_prob"]) for row in rows(folder)]
+    # rows hold the rate of an epoch's last update; 48 images in batches of 16 are 3 updates
+    part = [(3 * epoch + 2) / 12 for epoch in range(4)]
+    wanted = {"inverse": [1 - t for t in part], "v": [abs(1 - 2 * t) for t in part]}
+    assert rates == pytest.approx([0.2 * factor for factor in wanted[shape]])
+
+
+def test_the_mutual_loss_has_the_temperature_and_weight_of_the_flags(run):
+    flags = ("--model", "lenet5_rblock", "--epochs", "1", "--val-split", "")
+    (row,) = rows(run(*flags, "--rblock-temperature", "2", "--rblock-alpha", "0.4"))
+    ce, kl, loss = (float(row[f"train_{name}"]) for name in ("ce", "kl", "loss"))
+    assert loss == pytest.approx(0.6 * ce + 0.4 * 2**2 * kl, rel=1e-4) and kl > 0
+    (row,) = rows(run(*flags, name="papers"))
+    ce, kl, loss = (float(row[f"train_{name}"]) for name in ("ce", "kl", "loss"))
+    assert loss == pytest.approx(0.9 * ce + 0.1 * 3**2 * kl, rel=1e-4)
+
+
 def test_later_sources_override_earlier_ones(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("recipe: digits-quickstart\nepochs: 7\nlr: 1e-3\nshift: 2\n")
@@ -198,6 +222,8 @@ def test_wrong_values_in_files_state_the_rule(tmp_path, text, line):
         (["--model", "lenet5", "--structdrop", "dropblok"], "nearest: dropblock"),
         (["--model", "lenet5_dropcluster", "--model-kwargs", "n_clusters=2000"], "got 2000"),
         (["--model", "lenet5_dropcluster", "--drop-block", "1.5"], r"\[0, 1\); got 1.5"),
+        (["--model", "lenet5_rblock", "--rblock-alpha", "1.5"], r"\[0, 1\]; got 1.5"),
+        (["--model", "lenet5_rblock", "--rblock-temperature", "0"], "must be above 0; got 0"),
         (["--model", "lenet5_dropcluster", "--drop-schedule", "linear",
           "--drop-schedule-start", "900"], "start_update must be"),
         (["--model", "lenet5", "--dataset", "", "--data-dir", "none"], "must exist; got none"),

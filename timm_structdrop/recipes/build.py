@@ -20,7 +20,13 @@ from timm_structdrop.models.placement import paper_schedule, structdrop_layers
 from timm_structdrop.models.structdrop_attached import attach
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.recipes.parser import parse_structdrop
-from timm_structdrop.training import ClusterRefits, DropSchedule, StructDropTask, make_task
+from timm_structdrop.training import (
+    ClusterRefits,
+    DropSchedule,
+    StructDropTask,
+    has_fork,
+    make_task,
+)
 
 __all__ = ["build_model", "build_optimizer", "build_scheduler", "build_task"]
 
@@ -140,7 +146,8 @@ def build_task(
     """The model with its loss, drop schedule, cluster refits and averaged copy.
 
     Raises:
-        UserError: the drop schedule or the refits do not fit the model or the epochs.
+        UserError: the drop schedule, the refits or the settings of R-Block's loss do not fit the
+            model or the epochs.
     """
     schedule = refits = None
     if flags.drop_schedule or list(structdrop_layers(model)):
@@ -158,8 +165,17 @@ def build_task(
                 f"DropCluster will not do anything: its first fit is in epoch "
                 f"{flags.cluster_start} (--cluster-start) of a run of {epochs} epochs"
             )
+    mutual: dict[str, Any] = {}
+    if has_fork(model):
+        mutual = {"temperature": flags.rblock_temperature, "alpha": flags.rblock_alpha}
     task = make_task(
-        model, training_loss(flags), schedule=schedule, refits=refits, device=device, verbose=False
+        model,
+        training_loss(flags),
+        schedule=schedule,
+        refits=refits,
+        device=device,
+        verbose=False,
+        **mutual,
     )
     if flags.model_ema:
         task.setup_ema(

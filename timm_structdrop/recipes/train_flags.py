@@ -112,8 +112,9 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--drop-schedule",
         choices=tuple(schedule_shapes),
-        help="how the rate of the structured layers moves over training; the paper's if not given "
-        "(linear for DropBlock, constant for the others)",
+        help="how the rate of the structured layers moves over training: up to its target (linear, "
+        "cosine), from the target to 0 (inverse), to 0 half-way and back (v); the paper's if not "
+        "given (linear for DropBlock, constant for the others)",
     )
     add(
         "--drop-schedule-start",
@@ -131,6 +132,20 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--cluster-every", type=at_least(1), default=50, metavar="N", help="epochs between its fits"
+    )
+    add(
+        "--rblock-temperature",
+        type=at_least(0.0),
+        default=3.0,
+        metavar="T",
+        help="temperature of R-Block's mutual loss, above 0",
+    )
+    add(
+        "--rblock-alpha",
+        type=fraction,
+        default=0.1,
+        metavar="A",
+        help="weight of R-Block's mutual loss; the cross-entropy has the rest",
     )
 
 

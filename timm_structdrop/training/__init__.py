@@ -7,7 +7,7 @@ from timm_structdrop.training.files import SummaryFile, write_whole
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.loop import fit
 from timm_structdrop.training.progress import Progress
-from timm_structdrop.training.rblock import RBlockTask
+from timm_structdrop.training.rblock import RBlockTask, has_fork
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.schedule import DropSchedule, live_drop_prob, schedule_shapes
 from timm_structdrop.training.seeding import derive_seed, seed_everything, set_loader_epoch
@@ -29,6 +29,7 @@ __all__ = [
     "derive_seed",
     "find_resume",
     "fit",
+    "has_fork",
     "learning_rate",
     "live_drop_prob",
     "make_task",
