@@ -14,7 +14,7 @@ from timm_structdrop.analysis.cluster_maps import ClusterMaps, TrainingMask
 from timm_structdrop.analysis.colours import colour_labels
 from timm_structdrop.analysis.hopkins_figures import new_figure
 
-__all__ = ["draw_cluster_maps", "draw_training_mask"]
+__all__ = ["draw_cluster_maps", "draw_training_mask", "picture"]
 
 MOST_CHANNELS = 128
 MARK, MASKED, DROPPED = "#d7191c", (0.88, 0.88, 0.88), (0.0, 0.0, 0.0)
@@ -71,7 +71,8 @@ class Sheet:
 def draw_cluster_maps(maps: ClusterMaps, model_name: str) -> Any:
     """Figs. 1-3 of the paper: every channel's clusters below its maps of sample images.
 
-    Unstructured channels are grey with a red X. At most 128 channels are drawn.
+    Without sample images the clusters stand alone. Unstructured channels are grey with a red X. At
+    most 128 channels are drawn.
 
     Args:
         maps: the numbers.
@@ -93,17 +94,15 @@ def draw_cluster_maps(maps: ClusterMaps, model_name: str) -> Any:
     figure, axis, colour_axis = _open(sheet, title)
     for band in range(sheet.bands):
         for row in range(samples):
-            _draw_picture(axis, _picture(maps.images[row]), sheet.box(band, row, -1.17))
+            _draw_picture(axis, picture(maps.images[row]), sheet.box(band, row, -1.17))
         _write(axis, sheet.box(band, samples, -1.17), "clusters")
     for channel in range(shown):
         band, column = divmod(channel, sheet.columns)
         _number(axis, sheet.box(band, 0, column), channel)
         features = maps.features[:, channel].double().numpy()
-        low, high = features.min(), features.max()
-        scaled = (features - low) / (high - low) if high > low else np.zeros_like(features)
-        for row in range(samples):
+        for row, scaled in enumerate(_scaled(features) if samples else ()):
             extent = sheet.box(band, row, column)
-            axis.imshow(scaled[row], cmap="viridis", vmin=0, vmax=1, extent=extent)
+            axis.imshow(scaled, cmap="viridis", vmin=0, vmax=1, extent=extent)
         box = sheet.box(band, samples, column)
         if maps.structured[channel]:
             axis.imshow(
@@ -112,9 +111,12 @@ def draw_cluster_maps(maps: ClusterMaps, model_name: str) -> Any:
         else:
             _cross_out(axis, box)
     _finish(axis, sheet)
-    scale = import_module("matplotlib.cm").ScalarMappable(cmap="viridis")
-    bar = figure.colorbar(scale, cax=colour_axis, orientation="horizontal", ticks=[0, 1])
-    bar.ax.set_xticklabels(["channel's lowest", "highest activation"], fontsize=8)
+    if samples:
+        scale = import_module("matplotlib.cm").ScalarMappable(cmap="viridis")
+        bar = figure.colorbar(scale, cax=colour_axis, orientation="horizontal", ticks=[0, 1])
+        bar.ax.set_xticklabels(["channel's lowest", "highest activation"], fontsize=8)
+    else:
+        colour_axis.set_axis_off()
     _legend(figure, unstructured > 0, "colours: clusters (those that touch differ)", False)
     return figure
 
@@ -148,9 +150,9 @@ def draw_training_mask(maps: ClusterMaps, mask: TrainingMask, model_name: str) -
         if not maps.structured[channel]:
             _cross_out(axis, box)
             continue
-        picture = 0.45 * colour_labels(maps.labels[channel].numpy()) + 0.55
-        picture[~mask.kept[channel].numpy()] = DROPPED
-        axis.imshow(picture, extent=box, interpolation="nearest")
+        pale = 0.45 * colour_labels(maps.labels[channel].numpy()) + 0.55
+        pale[~mask.kept[channel].numpy()] = DROPPED
+        axis.imshow(pale, extent=box, interpolation="nearest")
     _finish(axis, sheet)
     unstructured = not bool(maps.structured.all())
     _legend(figure, unstructured, "pale colours: clusters that are kept", True)
@@ -183,12 +185,16 @@ def _finish(axis: Any, sheet: Sheet) -> None:
     axis.set_axis_off()
 
 
-def _picture(image: Tensor) -> Any:
+def picture(image: Tensor) -> Any:
     """A model's input as a picture: colours where it has three channels, else their mean."""
     pixels = image.double().permute(1, 2, 0).numpy()
-    pixels = pixels if pixels.shape[2] == 3 else pixels.mean(2, keepdims=True).repeat(3, 2)
-    low, high = pixels.min(), pixels.max()
-    return (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+    return _scaled(pixels if pixels.shape[2] == 3 else pixels.mean(2, keepdims=True).repeat(3, 2))
+
+
+def _scaled(values: Any) -> Any:
+    """From the lowest value at 0 to the highest at 1; zeros where all are the same."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
 def _draw_picture(axis: Any, picture: Any, box: tuple[float, float, float, float]) -> None:

@@ -1,5 +1,8 @@
-"""The Hugging Face Hub: model cards."""
+"""Publishing and loading models: pushes, verified loading, and model cards."""
 
 from timm_structdrop.hub.card import make_card
+from timm_structdrop.hub.export import export_model
+from timm_structdrop.hub.load import load_verified
+from timm_structdrop.hub.push import push_to_hub
 
-__all__ = ["make_card"]
+__all__ = ["export_model", "load_verified", "make_card", "push_to_hub"]
