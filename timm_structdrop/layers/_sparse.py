@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seeds", "drop_sparse_blocks"]
+__all__ = ["draw_seeds", "drop_sparse_blocks", "may_look_at_data"]
 
 
 class Seeds(NamedTuple):
@@ -30,6 +30,12 @@ class MapMasks(NamedTuple):
     masks: Tensor
     numbers: Tensor
     dropped: int
+
+
+def may_look_at_data(x: Tensor) -> bool:
+    """Whether the work done may depend on what was drawn: eagerly, on a CPU, on real data."""
+    known = type(x) in (Tensor, torch.nn.Parameter)  # e.g. fake tensors have no data to look at
+    return known and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def drop_sparse_blocks(x: Tensor, block: tuple[int, int], rate: float) -> Tensor:

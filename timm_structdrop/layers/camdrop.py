@@ -20,6 +20,7 @@ from timm_structdrop.layers._guide import (
 )
 from timm_structdrop.layers._rate import check_block_size, paper_rate
 from timm_structdrop.layers._registry import register
+from timm_structdrop.layers._sparse import may_look_at_data
 from timm_structdrop.layers._tell import tell
 
 __all__ = ["CamDrop2d", "cam_drop_2d"]
@@ -115,19 +116,12 @@ def cam_drop_2d(
         samples = torch.arange(len(x), device=x.device)[:, None]
         if pixels is not None:
             pixels = pixels[:, None].expand_as(drawn)
-        if _is_sparse(x):
+        if may_look_at_data(x):  # go on with only the maps in which a seed was drawn
             found = drawn.any(2).nonzero(as_tuple=True)
             samples, chosen, drawn = found[0], chosen[found], drawn[found]
             pixels = None if pixels is None else pixels[found]
         dropped = _grow(drawn, pixels, size, block, rank)
     return drop_in_maps(x, samples, chosen, dropped)
-
-
-def _is_sparse(x: Tensor) -> bool:
-    """Whether to go on with only the maps in which a seed was drawn, found by looking at them."""
-    # other types, such as fake tensors, have no data to look at
-    known = type(x) in (Tensor, torch.nn.Parameter)
-    return known and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _grow(

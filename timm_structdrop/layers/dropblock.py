@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,13 +15,15 @@ from timm_structdrop.layers._blocks import clamp_block, grow_blocks
 from timm_structdrop.layers._mask import apply_mask
 from timm_structdrop.layers._rate import check_block_size, paper_rate, seed_rate, seed_rate_tensor
 from timm_structdrop.layers._registry import register
-from timm_structdrop.layers._sparse import drop_sparse_blocks
+from timm_structdrop.layers._sparse import drop_sparse_blocks, may_look_at_data
 
 __all__ = ["DropBlock2d", "drop_block_2d"]
 
 # the sparse path writes each block, so where blocks overlap heavily the dense one is the faster:
 # about equal at 2 to 3 writes per unit of the map (p of 0.8 to 0.9)
 MAX_WRITES = 2.0
+# 2 MB of float32; beyond it the maps are so large that growing the blocks costs nothing beside them
+MAX_STAMP_ENTRIES = 2**19
 
 
 def drop_block_2d(
@@ -49,31 +56,19 @@ def drop_block_2d(
     Raises:
         ValueError: a setting is out of range or ``x`` is not (B, C, H, W).
     """
-    check_block_size(block_size)
-    _check_gamma(gamma, gamma_scale)
     if x.ndim != 4:
         raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
-    if not isinstance(drop_prob, Tensor):
-        drop_prob = check_drop_prob(drop_prob)
-        if drop_prob == 0.0:
-            return x
-        if torch.compiler.is_compiling():
-            drop_prob = torch.full((), drop_prob, device=x.device, dtype=torch.float32)
-    if not training:
-        return x
     size = (x.shape[2], x.shape[3])
-    block = clamp_block(block_size, size)
-    rate: float | Tensor
-    if gamma == "paper":
-        rate = paper_rate(drop_prob, size, block_size)
-    elif isinstance(drop_prob, Tensor):
-        rate = seed_rate_tensor(drop_prob, size, block_size)
-    else:
-        rate = seed_rate(drop_prob, size, block_size)
-    rate = rate * gamma_scale
-    if not couple_channels and isinstance(rate, float) and _is_sparse(x, block, rate):
-        return drop_sparse_blocks(x, block, rate)
-    return drop_dense_blocks(x, block, rate, couple_channels)
+    if isinstance(drop_prob, Tensor) or torch.compiler.is_compiling():
+        rate = _rate_in_graph(drop_prob, size, block_size, gamma, gamma_scale, x.device)
+        block = clamp_block(block_size, size)
+        return drop_dense_blocks(x, block, rate, couple_channels) if training else x
+    plan = _plan(drop_prob, size, block_size, gamma, gamma_scale, couple_channels)
+    if not training or plan.rate == 0.0:
+        return x
+    if plan.quick is not None and may_look_at_data(x):
+        return plan.quick(x, plan.block, plan.rate)
+    return drop_dense_blocks(x, plan.block, plan.rate, couple_channels)
 
 
 def drop_dense_blocks(
@@ -91,26 +86,96 @@ def drop_dense_blocks(
         ``x * M * count(M) / count_ones(M)``, M zero in the blocks.
     """
     batch, channels, height, width = x.shape
-    shape = (
-        batch,
-        1 if couple_channels else channels,
-        height - block[0] + 1,
-        width - block[1] + 1,
-    )
+    shape = (batch, 1 if couple_channels else channels, *_places((height, width), block))
     # float32 whatever the activations: a float16 uniform would round rates of 1e-3 by 5 %
     drawn = torch.rand(shape, device=x.device, dtype=torch.float32) < rate
     return apply_mask(x, ~grow_blocks(drawn, block))
 
 
-def _is_sparse(x: Tensor, block: tuple[int, int], rate: float) -> bool:
-    """Whether the path of few seeds can run and is worth it."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    if type(x) not in (Tensor, torch.nn.Parameter):  # e.g. fake tensors have no data to depend on
-        return False
-    fits = (x.shape[2] - block[0] + 1) * (x.shape[3] - block[1] + 1)
-    writes = rate * fits * block[0] * block[1]
-    return writes <= MAX_WRITES * x.shape[2] * x.shape[3]
+def drop_stamped_blocks(x: Tensor, block: tuple[int, int], rate: float) -> Tensor:
+    """DropBlock of a small CPU tensor, one mask per sample, in as few operations as there can be.
+
+    A mask shared by the channels is tiny, so what it costs is the number of calls, not the work in
+    them: the blocks are looked up in a matrix of all places instead of being grown.
+
+    Args:
+        x: activations (B, C, H, W).
+        block: (rows, columns) of the blocks, at most (H, W).
+        rate: the seed rate, in [0, 1].
+
+    Returns:
+        ``x * M * count(M) / count_ones(M)``, M (B, 1, H, W) zero in the blocks.
+    """
+    batch, _, height, width = x.shape
+    stamps = _stamps((height, width), block)
+    drawn = torch.empty(batch, len(stamps), dtype=torch.float32, device="cpu").bernoulli_(rate)
+    mask = (drawn @ stamps == 0).view(batch, 1, height, width)
+    scale = mask.numel() / max(int(mask.sum()), 1)
+    return x * (mask * scale).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _stamps(size: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """1 where the block at a place covers a unit, float32 (places, H * W)."""
+    with torch.inference_mode(False):
+        places = _places(size, block)
+        alone = torch.eye(math.prod(places), device="cpu").view(-1, 1, *places)
+        return grow_blocks(alone > 0, block).flatten(1).float()
+
+
+class _Plan(NamedTuple):
+    """How to drop: the clamped block, the seed rate, and the path for few seeds or small masks."""
+
+    block: tuple[int, int]
+    rate: float
+    quick: Callable[[Tensor, tuple[int, int], float], Tensor] | None
+
+
+# one look-up in the place of a dozen small checks, which together cost as much as a small mask
+@lru_cache(maxsize=1024)
+def _plan(
+    drop_prob: float,
+    size: tuple[int, int],
+    block_size: int,
+    gamma: str,
+    gamma_scale: float,
+    couple_channels: bool,
+) -> _Plan:
+    check_block_size(block_size)
+    _check_gamma(gamma, gamma_scale)
+    drop_prob = check_drop_prob(drop_prob)
+    rate_of = paper_rate if gamma == "paper" else seed_rate
+    rate = float(rate_of(drop_prob, size, block_size)) * gamma_scale
+    block = clamp_block(block_size, size)
+    units, places = math.prod(size), math.prod(_places(size, block))
+    quick = None
+    if couple_channels and places * units <= MAX_STAMP_ENTRIES:
+        quick = drop_stamped_blocks
+    elif not couple_channels and rate * places * math.prod(block) <= MAX_WRITES * units:
+        quick = drop_sparse_blocks
+    return _Plan(block, rate, quick)
+
+
+def _rate_in_graph(
+    drop_prob: float | Tensor,
+    size: tuple[int, int],
+    block_size: int,
+    gamma: str,
+    gamma_scale: float,
+    device: torch.device,
+) -> float | Tensor:
+    """The seed rate as a 0-d tensor, so that ``torch.compile`` does not specialise on it."""
+    check_block_size(block_size)
+    _check_gamma(gamma, gamma_scale)
+    if not isinstance(drop_prob, Tensor):
+        drop_prob = torch.full((), check_drop_prob(drop_prob), device=device, dtype=torch.float32)
+    rate_of = paper_rate if gamma == "paper" else seed_rate_tensor
+    return rate_of(drop_prob, size, block_size) * gamma_scale
+
+
+def _places(size: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the seed positions: where the whole block fits in the map."""
+    return size[0] - block[0] + 1, size[1] - block[1] + 1
 
 
 def _check_gamma(gamma: str, gamma_scale: float) -> None:
