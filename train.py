@@ -29,6 +29,7 @@ from timm.utils import NativeScaler, init_distributed_device
 from torch import nn
 
 from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.hub import RunPushes
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.build import (
     build_model,
@@ -66,6 +67,7 @@ class Process:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse_with_sources(train_parser(), argv)
+    check_push(flags)
     process = start_process(flags)
     checkpoint = find_resume(flags.resume) if flags.resume else None
 
@@ -92,10 +94,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         loop.saver = RunSaver(run, folder, flags.eval_metric == "loss", flags.checkpoint_hist)
         prepare_output(loop, folder, start, checkpoint, content)
         announce(loop, folder, start)
+    pushes = hub_pushes(flags, loop)
     compile_and_wrap(flags, loop, process)
     results = run_to_the_end(loop, start)
     if process.rank == 0:
         report(flags, loop, results)
+    if pushes is not None:
+        pushes.finish()
+
+
+def check_push(flags: argparse.Namespace) -> None:
+    """What would otherwise be known when the training is over."""
+    if not flags.push_to_hub:
+        if flags.push_every:
+            raise UserError(f"--push-every needs --push-to-hub; got {flags.push_every}")
+        return
+    if flags.push_to_hub.count("/") != 1:
+        raise UserError(f"--push-to-hub must name user/name; got {flags.push_to_hub!r}")
+    if not flags.hub_license:
+        raise UserError("--push-to-hub needs --hub-license, such as apache-2.0; got none")
 
 
 def start_process(flags: argparse.Namespace) -> Process:
@@ -215,6 +232,22 @@ def prepare_output(
     loop.summary = SummaryFile(folder / "summary.csv", start.epoch)
     if checkpoint is not None and loop.saver is not None:
         loop.saver.restore(content, checkpoint)
+
+
+def hub_pushes(flags: argparse.Namespace, loop: Loop) -> RunPushes | None:
+    """What pushes the folder of the first process, if asked to."""
+    if not flags.push_to_hub or loop.saver is None:
+        return None
+    pushes = RunPushes(
+        loop.saver.folder,
+        flags.push_to_hub,
+        flags.hub_license,
+        private=flags.hub_private,
+        every=flags.push_every,
+    )
+    if flags.push_every:
+        loop.after_epoch = pushes.after_epoch
+    return pushes
 
 
 def announce(loop: Loop, folder: Path, start: Position) -> None:

@@ -45,6 +45,7 @@ def train_parser() -> FlagParser:
     add_device_flags(parser)
     _add_distributed_flags(parser)
     _add_run_flags(parser)
+    _add_hub_flags(parser)
     return parser
 
 
@@ -258,3 +259,17 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="updates between recovery checkpoints; none if 0",
     )
+
+
+def _add_hub_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Hugging Face Hub").add_argument
+    add("--push-to-hub", default="", metavar="REPO", help="push the best checkpoint: user/name")
+    add(
+        "--push-every",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="epochs between pushes; only at the end if 0",
+    )
+    add("--hub-license", default="", metavar="NAME", help="of the weights, such as apache-2.0")
+    add("--hub-private", action=SWITCH, default=False, help="make a private repository")

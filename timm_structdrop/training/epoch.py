@@ -78,6 +78,7 @@ class Loop:
         evaluate: (model, title) to at least ``loss`` and the eval metric; None for no evaluation.
         saver: writes checkpoints; None for none, as on every process but the first.
         summary: gets a row for each epoch; None for none.
+        after_epoch: called with each epoch's number when all of it is saved; None for nothing.
     """
 
     run: RunState
@@ -88,6 +89,7 @@ class Loop:
     evaluate: Evaluate | None = None
     saver: RunSaver | None = None
     summary: SummaryFile | None = None
+    after_epoch: Callable[[int], None] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property

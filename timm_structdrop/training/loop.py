@@ -35,6 +35,8 @@ def fit(loop: Loop, start: Position | None = None) -> list[dict[str, Any]]:
     with loop.stop:
         while position.epoch < loop.settings.epochs:
             results.append(_epoch(loop, position))
+            if loop.after_epoch is not None:
+                loop.after_epoch(position.epoch)
             position = Position(position.epoch + 1)
             if loop.stop.requested and position.epoch < loop.settings.epochs:
                 raise TrainingStopped
