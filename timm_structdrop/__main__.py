@@ -11,6 +11,9 @@ COMMANDS = {
     "list": "print the registered variants, the layers of a model, or the recipes",
     "inspect": "histograms and pictures of a model's activations and clusters, with the numbers",
     "fit": "fit the clusters of a DropCluster model on one mini-batch and save it",
+    "push": "push a trained or fitted model to the Hugging Face Hub",
+    "package": "put a training's checkpoint into the package, with the facts of how it came about",
+    "card": "write the model cards of the packaged checkpoints, or say which are stale",
 }
 
 

@@ -156,11 +156,11 @@ def clusters(use: RegularizerUse, facts: Mapping[str, Any]) -> list[str]:
     parts = []
     for path, layer in fitted_clusters(use).items():
         height, width = layer.labels.shape[1:]
-        masked = int((~layer.structured).sum())
+        channels, masked = len(layer.structured), int((~layer.structured).sum())
         parts.append(
             f"The clusters at `{path}` come with the weights: {layer.n_clusters} in each of "
-            f"{len(layer.structured) - masked} channels, on {height} x {width} maps. "
-            f"{masked} unstructured channels are zero in training and at inference."
+            f"{channels - masked} structured channels, on {height} x {width} maps. Unstructured "
+            f"channels, which are zero in training and at inference: {masked} of {channels}."
         )
     if not parts and use.settings.get("n_clusters"):
         parts.append("No clusters have been found yet: the layer does nothing.")
@@ -170,8 +170,8 @@ def clusters(use: RegularizerUse, facts: Mapping[str, Any]) -> list[str]:
     if parts and hopkins:
         rows = [(f"`{layer}`", f"{value:.3f}") for layer, value in hopkins.items()]
         parts.append(
-            "Spatial Hopkins statistic, mean over channels and images "
-            "(0.5: no structure, 1: strongly clustered):"
+            "Spatial Hopkins statistic, mean over channels and images (0.5: no structure; towards "
+            "1: clustered; a channel that is constant in an image counts as 0):"
         )
         parts.append(_table(("layer", "Spatial Hopkins"), rows))
     return parts
@@ -179,9 +179,9 @@ def clusters(use: RegularizerUse, facts: Mapping[str, Any]) -> list[str]:
 
 def training(facts: Mapping[str, Any]) -> list[str]:
     rows = []
-    for key in ("recipe", "epochs", "seed", "drop_prob", "hardware"):
+    for key in ("recipe", "epochs", "seed", "hardware"):
         if facts.get(key) is not None:
-            rows.append((key.replace("_", " "), str(facts[key])))
+            rows.append((key, str(facts[key])))
     versions = facts.get("versions") or {}
     if versions:
         rows.append(("versions", ", ".join(f"{name} {is_}" for name, is_ in versions.items())))
@@ -210,14 +210,22 @@ def evaluation(facts: Mapping[str, Any]) -> list[str]:
     rows = list(facts.get("comparison") or [])
     if rows:
         rows = sorted(rows, key=lambda row: (-row["top1"], row["model"]))
-        table = [(f"`{row['model']}`", f"{row['top1']:.2f}", str(row["n"])) for row in rows]
+        table = [
+            (
+                f"`{row['model']}`",
+                f"{row['top1']:.2f}",
+                str(row["n"]),
+                _short(row["params"] / 1e6) if "params" in row else "",
+            )
+            for row in rows
+        ]
         parts.append("### Comparison with the other regularizers")
-        parts.append(_table(("model", "top-1 (%)", "images"), table))
+        parts.append(_table(("model", "top-1 (%)", "images", "params (M)"), table))
         smallest = min(row["n"] for row in rows)
         if smallest < SMALL_TEST:
             parts.append(
                 f"One image is {100 / smallest:.2f} points, and each model was trained once: "
-                "differences this small do not rank the regularizers."
+                "differences of a few images do not rank the regularizers."
             )
     return parts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
+    get_pretrained_cfg,
     register_model,
 )
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import regularizers
 from timm_structdrop.models._architectures import Architecture, architectures
+from timm_structdrop.models.packaged import check_file, packaged, packaged_cfg
 from timm_structdrop.models.placement import PLACEMENT_KEYWORDS, PLACEMENTS, place
 
 __all__: list[str] = []  # timm's register_model adds the entrypoints
@@ -42,7 +44,8 @@ class Variant:
         return (*RATE_KEYWORDS, *PLACEMENT_KEYWORDS, *layer.setting_names())
 
     def cfgs(self) -> Iterator[tuple[str, PretrainedCfg]]:
-        """The pretrained cfgs: timm's weights of the base architecture under timm's tags."""
+        """The pretrained cfgs: timm's weights of the base architecture under timm's tags, and the
+        packaged checkpoint."""
         for tagged, cfg in self.architecture.default_cfgs(self.name).items():
             if cfg.has_weights:
                 cfg = replace(
@@ -53,10 +56,21 @@ class Variant:
                     ),
                 )
             yield tagged, cfg
+        facts = packaged().get(self.name)
+        if facts is not None:
+            yield f"{self.name}.{facts['tag']}", packaged_cfg(facts, dict(self.architecture.cfg))
 
     def build(self, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        asked = kwargs.pop("pretrained_cfg", None)
+        chosen = self._chosen_cfg(pretrained, asked)
+        # an export has its settings with it
+        trained_with = {} if isinstance(asked, Mapping) else self._trained_with(chosen)
         own = {key: kwargs.pop(key) for key in self.keywords() if key in kwargs}
+        own = {**trained_with, **own}
         own.setdefault("img_size", self.architecture.cfg["input_size"][-2:])
+        if pretrained:
+            overlay = kwargs.get("pretrained_cfg_overlay") or {}
+            check_file(overlay.get("file", chosen.file))
         rate = _rate(own.pop("drop_block_rate", None), own.pop("keep_prob", None))
 
         def construct(**model_kwargs: Any) -> nn.Module:
@@ -70,9 +84,38 @@ class Variant:
         feature_cfg: dict[str, Any] = {"out_indices": self.architecture.out_indices}
         if self.architecture.feature_cls is not None:
             feature_cfg["feature_cls"] = self.architecture.feature_cls
-        return build_model_with_cfg(
-            construct, self.name, pretrained, feature_cfg=feature_cfg, **kwargs
+        model = build_model_with_cfg(
+            construct,
+            self.name,
+            pretrained,
+            pretrained_cfg=chosen.to_dict(),
+            feature_cfg=feature_cfg,
+            **kwargs,
         )
+        # timm's exports read this attribute: they name the settings that came with the tag
+        model._model_args = trained_with
+        return model
+
+    def _chosen_cfg(self, pretrained: bool, asked: Any) -> PretrainedCfg:
+        """The cfg that is asked for: itself, by its tag, or the default.
+
+        Without pretrained weights the default of a model that timm has no weights of is its
+        architecture's, so that what is packaged does not change the model that one trains.
+        """
+        if isinstance(asked, Mapping):
+            return PretrainedCfg(**asked)
+        if isinstance(asked, PretrainedCfg):
+            return asked
+        if asked is None and not pretrained and self.architecture.timm_name is None:
+            return PretrainedCfg(**{**self.architecture.cfg, "architecture": self.name})
+        return get_pretrained_cfg(f"{self.name}.{asked}" if asked else self.name)
+
+    def _trained_with(self, cfg: PretrainedCfg) -> dict[str, Any]:
+        """The settings of the packaged checkpoint that `cfg` describes; none of another one."""
+        facts = packaged().get(self.name)
+        if facts is None or cfg.tag != facts["tag"]:
+            return {}
+        return {"img_size": list(cfg.input_size[-2:]), **facts["model_args"]}
 
 
 def _rate(drop_block_rate: float | None, keep_prob: float | None) -> float | None:
