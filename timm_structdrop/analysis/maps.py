@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_structdrop.errors import UserError
+from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import DropCluster2d, StructDropLayer
 from timm_structdrop.models.slots import find_slots
 
@@ -22,6 +22,7 @@ __all__ = [
     "cluster_places",
     "collect_maps",
     "find_places",
+    "place_named",
     "unchanged",
     "watch_maps",
 ]
@@ -39,8 +40,8 @@ class Place:
 
     Attributes:
         name: name of the module the place comes after.
-        kind: ``stem``, ``conv``, ``last_conv``, ``stage``, or ``dropcluster`` for the place of a
-            layer that is at none of these.
+        kind: ``stem``, ``conv``, ``last_conv``, ``stage``, ``dropcluster`` for the place of a layer
+            that is at none of these, or ``module`` for one that was named.
         module: the module that is watched.
         watches_input: the map is the module's input, because it is a regularizer; else its output.
     """
@@ -100,6 +101,21 @@ def cluster_layers(model: nn.Module) -> dict[str, DropCluster2d]:
             parent, _, name = path.rpartition(".")
             layers[parent if name == module.regularizer else path] = module
     return layers
+
+
+def place_named(model: nn.Module, name: str) -> Place:
+    """The place after the module ``name``, before the regularizers that are there already.
+
+    Raises:
+        UserError: the model has no such module.
+    """
+    known = dict(model.named_modules())
+    if not name or name not in known:
+        raise UserError(
+            f"a layer must be a module of {type(model).__name__}; "
+            f"got {name!r}{nearest(name, known)}"
+        )
+    return _place(model, name, "module")
 
 
 def _last_norm(model: nn.Module, path: str) -> str:

@@ -13,7 +13,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from timm_structdrop.data import create_dataset
+from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError
 from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkpoint
 from timm_structdrop.recipes import train_parser
@@ -57,6 +57,8 @@ class Subject:
         images: normalised, (N, C, H, W), on the CPU.
         data: timm's data config of the images.
         facts: where model and images come from, JSON-able.
+        targets: the images' classes, (N,) int64.
+        class_names: by class, where the data set has names.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Subject:
     images: Tensor
     data: dict[str, Any]
     facts: dict[str, Any]
+    targets: Tensor
+    class_names: list[str] | None
 
     def images_text(self) -> str:
         channels, height, width = self.facts["input_size"]
@@ -127,7 +131,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     if checkpoint is not None:
         load_weights(model, checkpoint, flags.model)
     data = _data_config(flags, model)
-    images = _draw_images(flags, data)
+    images, targets, names = _draw_images(flags, data)
     model = model.to(device).eval()
     weights = str(checkpoint.path) if checkpoint else "pretrained" if flags.pretrained else "random"
     facts = {
@@ -139,7 +143,8 @@ def load_subject(args: argparse.Namespace) -> Subject:
         "input_size": list(images.shape[1:]),
         "seed": flags.seed,
     }
-    return Subject(_short_name(flags.model, model), model, images, data, facts)
+    name = _short_name(flags.model, model)
+    return Subject(name, model, images, data, facts, targets, names)
 
 
 def _short_name(name: str, model: nn.Module) -> str:
@@ -185,9 +190,12 @@ def _data_config(flags: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     return {name: data[name] for name in DATA_CONFIG}
 
 
-def _draw_images(flags: argparse.Namespace, data: dict[str, Any]) -> Tensor:
-    """Images of the split as the model gets them at evaluation, drawn without replacement; all of
-    a smaller data set, and the first ones of an iterable data set."""
+def _draw_images(
+    flags: argparse.Namespace, data: dict[str, Any]
+) -> tuple[Tensor, Tensor, list[str] | None]:
+    """Images of the split as the model gets them at evaluation, their classes and the classes'
+    names, drawn without replacement; all of a smaller data set, and the first ones of an iterable
+    data set."""
     if flags.dataset is None:
         raise UserError("--dataset must say what to read, e.g. digits; got none")
     dataset = create_dataset(
@@ -201,11 +209,12 @@ def _draw_images(flags: argparse.Namespace, data: dict[str, Any]) -> Tensor:
     )
     dataset.transform = create_transform(**data)
     if isinstance(dataset, IterableDataset):
-        images = [image for image, _ in islice(dataset, flags.num_images)]
+        drawn = list(islice(dataset, flags.num_images))
     else:
         generator = torch.Generator().manual_seed(derive_seed("images", flags.seed))
         order = torch.randperm(len(dataset), generator=generator)
-        images = [dataset[index][0] for index in order[: flags.num_images].tolist()]
-    if not images:
+        drawn = [dataset[index] for index in order[: flags.num_images].tolist()]
+    if not drawn:
         raise UserError(f"the split {flags.split!r} must have images; got none")
-    return torch.stack(images)
+    images, targets = zip(*drawn, strict=True)
+    return torch.stack(images), torch.tensor(targets), class_names(dataset)

@@ -3,13 +3,17 @@
 Writes pictures and their numbers. With a DropCluster layer, its clusters and the mask of a training
 step too, and for clusters that came with the model, whether they follow the data; without one,
 where it should go.
+
+With --cams, class activation maps instead: where the evidence for each image's class lies and how
+spread it is, side by side with other models of the same images:
+
+  inspect resnet20 --checkpoint PLAIN --cams --compare resnet20_camdrop CAMDROP
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 from timm_structdrop.analysis import (
@@ -29,11 +33,10 @@ from timm_structdrop.analysis import (
     fit_clusters,
     hopkins_report,
     output_folder,
-    save_csv,
-    save_json,
-    save_png,
     training_mask,
 )
+from timm_structdrop.commands._cams import add_cam_flags, inspect_cams
+from timm_structdrop.commands._files import Files
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.commands.list import table
 from timm_structdrop.errors import UserError
@@ -60,9 +63,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-points", type=int, default=64, metavar="N", help="random pixels per map (64)")
     add("--num-samples", type=int, default=2, metavar="N", help="images in the pictures (2)")
     add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per step (64)")
+    add_cam_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.cams and (args.compare or args.cam_layer):
+        raise UserError("--compare and --cam-layer are of class activation maps; got no --cams")
     for name in ("batch_size", "num_samples"):
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
@@ -72,40 +78,16 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{subject.facts['model']} ({subject.facts['weights']} weights), {subject.images_text()}\n"
     )
-    inspect_layers(args, subject, files)
-    fitted_here = [n for n, layer in cluster_layers(subject.model).items() if not layer.is_fitted]
-    if fitted_here:
-        fit_clusters(subject.model, subject.images)
-    inspect_clusters(args, subject, fitted_here, files)
+    if args.cams:
+        inspect_cams(args, subject, files)
+    else:
+        inspect_layers(args, subject, files)
+        fitted_here = [n for n, own in cluster_layers(subject.model).items() if not own.is_fitted]
+        if fitted_here:
+            fit_clusters(subject.model, subject.images)
+        inspect_clusters(args, subject, fitted_here, files)
     files.draw()
     print("\nWritten:", *files.paths, sep="\n  ")
-
-
-class Files:
-    """Writes numbers into a folder, keeps pictures for later, and remembers what is written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.paths: list[Path] = []
-        self.pictures: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
-
-    def json(self, name: str, numbers: Mapping[str, Any]) -> None:
-        self.paths.append(save_json(numbers, self.folder / name))
-
-    def csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        self.paths.append(save_csv(rows, self.folder / name))
-
-    def picture(self, name: str, draw: Callable[..., Any], *numbers: Any) -> None:
-        self.pictures.append((name, draw, numbers))
-
-    def draw(self) -> None:
-        """Write the pictures; the error without matplotlib says that the numbers are there."""
-        for name, draw, numbers in self.pictures:
-            try:
-                figure = draw(*numbers)
-            except UserError as error:
-                raise UserError(f"{error}; the numbers are in {self.folder}") from error
-            self.paths.append(save_png(figure, self.folder / name))
 
 
 def inspect_layers(args: argparse.Namespace, subject: Subject, files: Files) -> None:
