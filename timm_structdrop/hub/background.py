@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -43,10 +43,8 @@ class RunPushes:
 
     def after_epoch(self, epoch: int) -> None:
         """Push if it is time to, and there is a checkpoint; ``epoch`` is counted from 0."""
-        if not self.every or (epoch + 1) % self.every:
-            return
-        if self._running is not None and self._running[0].poll() is None:
-            _logger.info("The push before is still under way: no other one is started")
+        due = self.every and (epoch + 1) % self.every == 0
+        if not due or self._is_running():
             return
         self._report()
         if any(self.folder.glob("last.*")):
@@ -54,8 +52,8 @@ class RunPushes:
 
     def finish(self) -> None:
         """Push what the run ended with, and wait for it."""
-        if self._running is not None and self._running[0].poll() is None:
-            self._running[0].terminate()
+        if self._running is not None and self._is_running():
+            self._running[0].terminate()  # a push is one commit: half of one leaves nothing
             self._wait()
         else:
             self._report()
@@ -64,13 +62,16 @@ class RunPushes:
         if self._report():
             _logger.info(f"Pushed to {self.repo_id}")
 
+    def _is_running(self) -> bool:
+        return self._running is not None and self._running[0].poll() is None
+
     def _start(self) -> None:
         log = TemporaryFile()  # noqa: SIM115
         package = Path(__file__).parents[2]
         paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         process = subprocess.Popen(
-            _command(self.arguments),
+            [sys.executable, "-m", "timm_structdrop", *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -97,10 +98,7 @@ class RunPushes:
             return True
         lines = [line for line in output.splitlines() if line.strip()] or [f"exit status {status}"]
         cause = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        again = " ".join(["python -m timm_structdrop", *self.arguments])
+        again = shlex.join(["python", "-m", "timm_structdrop", *self.arguments])
         _logger.warning(f"Not pushed: {cause.removeprefix('error: ')}; to try again: {again}")
         return False
 
-
-def _command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "timm_structdrop", *arguments]

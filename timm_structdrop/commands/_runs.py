@@ -1,0 +1,137 @@
+"""What a training left in its output folder: the model, and the facts for its card."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+
+from timm_structdrop.data import class_names, create_dataset
+from timm_structdrop.errors import UserError
+from timm_structdrop.models.weights import load_weights, read_checkpoint, read_file
+from timm_structdrop.recipes import train_parser
+from timm_structdrop.recipes.build import build_model
+from timm_structdrop.recipes.build_data import input_settings
+from timm_structdrop.recipes.command_line import training_command
+
+__all__ = ["Trained", "read_run"]
+
+SAMPLES = 2  # images in the picture of the clusters
+# Weights come from the checkpoint, not from where the training once started.
+NO_START = {
+    "pretrained": False,
+    "pretrained_path": None,
+    "initial_checkpoint": "",
+    "torchcompile": None,
+    "grad_checkpointing": False,
+}
+# Flags that say where and how it ran rather than what was trained.
+NOT_TOLD = (
+    *("data", "data_dir", "no_resume_opt", "device", "workers", "pin_mem"),
+    *("checkpoint_hist", "recovery_interval"),
+    *("push_to_hub", "push_every", "hub_license", "hub_private"),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what is known of it.
+
+    Attributes:
+        model: with its weights, on the CPU.
+        facts: see :func:`timm_structdrop.hub.make_card`.
+        data: timm's data config of its images, where it is known.
+        images: some images of the evaluated split as the model gets them, (N, C, H, W), or None.
+    """
+
+    model: nn.Module
+    facts: dict[str, Any]
+    data: dict[str, Any] | None
+    images: Tensor | None
+
+
+def read_run(folder: Path) -> Trained:
+    """The best checkpoint of a run of train.py (the averaged weights if it kept them).
+
+    Raises:
+        UserError: there is no checkpoint, or its settings do not give the model.
+    """
+    checkpoint = read_checkpoint(folder)
+    if not checkpoint.args:
+        raise UserError(f"a run's folder must hold args.yaml; got {folder}")
+    if checkpoint.args.get("model_ema"):
+        checkpoint = read_checkpoint(folder, use_ema=True)
+    defaults = vars(train_parser().parse_flags([]))
+    saved = {**defaults, **{k: v for k, v in checkpoint.args.items() if k in defaults}}
+    flags = argparse.Namespace(**{**saved, **NO_START})
+    model = build_model(flags)
+    load_weights(model, checkpoint, flags.model)
+    data = input_settings(flags, model)
+    told = {key: value for key, value in saved.items() if key not in NOT_TOLD}
+    if saved["data_dir"] or saved["data"]:
+        told["data_dir"] = "DIR"
+    facts = {
+        "command": training_command(told),
+        "recipe": saved["recipe"],
+        "seed": saved["seed"],
+        "epochs": saved["epochs"],
+        "dataset": saved["dataset"] or None,
+        "base_model": _base_model(saved, model),
+        **_accuracy(folder, read_file(checkpoint.path).get("epoch")),
+    }
+    images, of_data = _look_at_data(flags, data, model)
+    facts = {key: value for key, value in {**facts, **of_data}.items() if value is not None}
+    return Trained(model, facts, data, images)
+
+
+def _base_model(saved: Mapping[str, Any], model: Any) -> str | None:
+    """The repository of the weights that the training started from."""
+    name = str(saved["model"])
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:").split("@")[0]
+    return model.pretrained_cfg.get("hf_hub_id") if saved["pretrained"] else None
+
+
+def _accuracy(folder: Path, epoch: object) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of an epoch in percent, from summary.csv."""
+    try:
+        with open(folder / "summary.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(epoch)]
+    except FileNotFoundError:
+        return {}
+    last = rows[-1] if rows else {}
+    return {key: float(last[f"eval_{key}"]) for key in ("top1", "top5") if last.get(f"eval_{key}")}
+
+
+def _look_at_data(
+    flags: argparse.Namespace, data: Mapping[str, Any], model: Any
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Sample images of the evaluated split, and what it tells; nothing where it is not there."""
+    if not flags.val_split:
+        return None, {}
+    try:
+        dataset = create_dataset(
+            flags.dataset,
+            flags.data_dir or flags.data,
+            flags.val_split,
+            input_img_mode=flags.input_img_mode or ("RGB" if data["input_size"][0] == 3 else "L"),
+            class_map=flags.class_map,
+            input_key=flags.input_key,
+            target_key=flags.target_key,
+        )
+        dataset.transform = create_transform(**data)
+        size = len(dataset)
+        images = [dataset[index * size // SAMPLES][0] for index in range(min(size, SAMPLES))]
+    except (UserError, OSError, TypeError):  # the data are elsewhere, or a stream
+        return None, {}
+    labels = class_names(dataset)
+    known = labels is not None and len(labels) == model.num_classes
+    facts = {"split": flags.val_split, "n_eval": size, "label_names": labels if known else None}
+    return torch.stack(images), facts
