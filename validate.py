@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Evaluate one model or many: flags, then objects, then loss, top-1 and top-5.
+"""Evaluate one model or many: loss, top-1 and top-5, or how robust they are.
 
     python validate.py --recipe digits-quickstart --checkpoint output/train/<run>
     python validate.py --model "resnet18*" --data-dir /data/imagenet --results-file results.csv
+    python validate.py ... --corruptions paper --severities 1-5 --plot curves.png
+    python validate.py ... --attack pgd --eps 5/255 --steps 2 --step-size 1/255 --targeted
+    python validate.py ... --drop-at-inference block=7,keep=0.9 --drop-at-inference block=1,keep=0.9
 
 The flags are timm's, and `--help` lists them with ours.
 """
@@ -14,28 +17,30 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
-from timm.layers import set_fast_norm
 from timm.models import is_model_pretrained
 from timm.utils import random_seed
-from torch import nn
 
-from timm_structdrop.data import class_names
 from timm_structdrop.errors import UserError, is_users, nearest, one_line, run_command
-from timm_structdrop.evaluation import accuracy_row, evaluate, write_results
+from timm_structdrop.evaluation import with_dropblock, write_results
 from timm_structdrop.models.weights import Checkpoint, load_weights
-from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
-from timm_structdrop.recipes.build_data import validation_batches
+from timm_structdrop.recipes.build_evaluation import (
+    Subject,
+    check_classes,
+    data_config,
+    evaluation_batches,
+    place_model,
+    start_device,
+    with_training_defaults,
+)
+from timm_structdrop.recipes.build_robustness import study
+from timm_structdrop.recipes.robustness_flags import check_robustness_flags
 from timm_structdrop.recipes.validate_flags import parse_validate_flags
-from timm_structdrop.training import Progress
 
 _logger = logging.getLogger("timm_structdrop.validate")
 
@@ -85,29 +90,13 @@ def check_flags(flags: argparse.Namespace) -> None:
         if flags.torchcompile not in backends:
             hint = nearest(flags.torchcompile, backends)
             raise UserError(f"unknown torch.compile backend {flags.torchcompile!r}{hint}")
+    check_robustness_flags(flags)
     if flags.results_file:
         path = Path(flags.results_file)
         if path.is_dir():
             raise UserError(f"--results-file must be a file; got the folder {path}")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise UserError(f"--results-file must be in a writable folder; got {path}")
-
-
-def start_device(flags: argparse.Namespace) -> torch.device:
-    name = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            seen = torch.cuda.device_count()
-            raise UserError(f"--device must be available; got {name!r}, and torch sees {seen} GPUs")
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if flags.fast_norm:
-        set_fast_norm()
-    return device
 
 
 def matching_models(name: str) -> list[str] | None:
@@ -129,6 +118,8 @@ def validate_all(
     flags: argparse.Namespace, names: Sequence[str], device: torch.device
 ) -> list[dict[str, Any]]:
     """Results of the models, best first; one that fails is named and left out."""
+    if flags.plot:
+        raise UserError(f"--plot draws one model; got {len(names)}")
     results: list[dict[str, Any]] = []
     for index, name in enumerate(names):
         _logger.info(f"Model {index + 1} of {len(names)}: {name}")
@@ -150,30 +141,21 @@ def validate_all(
 def validate(
     flags: argparse.Namespace, checkpoint: Checkpoint | None, device: torch.device
 ) -> dict[str, Any]:
-    """Build one model, evaluate it and return its row of results."""
+    """Build one model, evaluate it as the flags ask and return its results."""
     random_seed(flags.seed)
     model = make_model(flags, checkpoint)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     data = data_config(flags, model, checkpoint)
-    loader = validation_batches(with_training_defaults(flags), data, device)
+    loader = evaluation_batches(flags, data, device)
     check_classes(model, loader)
+    note = ""
+    if flags.drop_at_inference:
+        note = with_dropblock(model, data["input_size"][1:])
+        _logger.info(f"Dropping at inference: {note}")
+    model = place_model(flags, model, device)
     _logger.info(f"{flags.model}: {n_parameters:,} parameters on {device}, {len(loader)} batches")
-    figures = evaluate(
-        place_model(flags, model, device),
-        loader,
-        device=device,
-        amp_autocast=autocast(flags, device),
-        channels_last=flags.channels_last,
-        model_dtype=getattr(torch, flags.model_dtype) if flags.model_dtype else None,
-        progress=Progress("Validate", len(loader), flags.log_freq),
-    )
     path = checkpoint.path if checkpoint else None
-    result = accuracy_row(flags.model, figures, n_parameters, data, path)
-    _logger.info(
-        " * Acc@1 {top1:.3f} ({top1_err:.3f}) Acc@5 {top5:.3f} ({top5_err:.3f}) "
-        "Loss {loss:.4f}".format(**result)
-    )
-    return result
+    return study(Subject(flags, model, loader, data, device, n_parameters, path, note))
 
 
 def make_model(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
@@ -187,53 +169,6 @@ def make_model(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
     if checkpoint is not None:
         load_weights(model, checkpoint, name)
     return model
-
-
-def with_training_defaults(flags: argparse.Namespace) -> argparse.Namespace:
-    """The flags with those only train.py has, whose defaults change nothing at evaluation."""
-    return argparse.Namespace(**{**vars(train_parser().parse_flags([])), **vars(flags)})
-
-
-def data_config(
-    flags: argparse.Namespace, model: nn.Module, checkpoint: Checkpoint | None
-) -> dict[str, Any]:
-    """Size, crop and normalisation: timm's test settings, for a training's checkpoint its own."""
-    for name in ("mean", "std"):
-        values = getattr(flags, name)
-        channels = flags.input_size[0] if flags.input_size else flags.in_chans or 3
-        if values is not None and len(values) not in (1, channels):
-            raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
-    trained_here = checkpoint is not None and bool(checkpoint.args)
-    use_test_size = not (flags.use_train_size or trained_here)
-    return resolve_data_config(vars(flags), model=model, use_test_size=use_test_size)
-
-
-def check_classes(model: Any, loader: Any) -> None:
-    classes = class_names(loader.dataset)
-    if classes is not None and len(classes) > model.num_classes:
-        raise UserError(
-            f"the model must have an output for each of the {len(classes)} classes of the data; "
-            f"it has {model.num_classes}"
-        )
-
-
-def place_model(flags: argparse.Namespace, model: nn.Module, device: torch.device) -> Any:
-    dtype = getattr(torch, flags.model_dtype) if flags.model_dtype else None
-    model = model.to(device=device, dtype=dtype)
-    if flags.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if not flags.torchcompile:
-        return model
-    try:
-        return torch.compile(model, backend=flags.torchcompile, mode=flags.torchcompile_mode)
-    except RuntimeError as error:
-        raise UserError(f"torch.compile does not take these flags: {error}") from error
-
-
-def autocast(flags: argparse.Namespace, device: torch.device) -> Any:
-    if not flags.amp:
-        return nullcontext
-    return partial(torch.autocast, device.type, dtype=getattr(torch, flags.amp_dtype))
 
 
 def save(flags: argparse.Namespace, results: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_structdrop.errors import UserError
 from timm_structdrop.training import Progress
 
-__all__ = ["evaluate"]
+__all__ = ["check_targets", "eval_mode", "evaluate"]
 
 
 def evaluate(
@@ -28,9 +28,11 @@ def evaluate(
     channels_last: bool = False,
     model_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    active: Collection[nn.Module] = (),
 ) -> dict[str, float]:
     """Evaluate `model`, in eval mode, on batches of images (B, C, H, W) and class indices (B,).
 
+    The modules `active` stay in training mode (dropout layers, to drop at inference).
     `criterion` is a mean over the batch of float32 logits (default cross-entropy). Of a distributed
     run every process gets the figures over all samples, each counted once. The modules' training
     flags are as before when it returns.
@@ -44,7 +46,7 @@ def evaluate(
     )
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     start = time.perf_counter()
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model, active), torch.inference_mode():
         for images, target in loader:
             images = images.to(device=device, dtype=model_dtype, non_blocking=True)
             target = target.to(device=device, non_blocking=True)
@@ -53,7 +55,7 @@ def evaluate(
             with amp_autocast():
                 output = model(images)
             output = output[0] if isinstance(output, (tuple, list)) else output
-            _check_targets(target, output.shape[1])
+            check_targets(target, output.shape[1])
             evaluator.update(output, target)
             if progress is not None:
                 figures = evaluator.summary()
@@ -75,9 +77,12 @@ def evaluate(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module, active: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Eval mode of ``model``, except for the modules ``active``; flags are restored on exit."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module in active:
+        module.train()
     try:
         yield
     finally:
@@ -85,7 +90,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_targets(target: Tensor, n_classes: int) -> None:
+def check_targets(target: Tensor, n_classes: int) -> None:
+    """Raise UserError for a class index that is not in [0, n_classes)."""
     low, high = torch.stack(target.aminmax()).tolist()
     if low < 0 or high >= n_classes:
         raise UserError(

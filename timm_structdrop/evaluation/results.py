@@ -45,13 +45,15 @@ def write_results(
 ) -> None:
     """Write one row or several to `path`, whole or not at all; `format` is "csv" or "json".
 
-    A column that some rows lack is empty there. Raises `UserError` when the file can't be written.
+    In CSV a result that consists of `rows` is written as these. A column that some rows lack is
+    empty there. Raises `UserError` when the file can't be written.
     """
     text = io.StringIO()
     if format == "json":
         json.dump(results, text, indent=4)
     else:
-        rows = [results] if isinstance(results, Mapping) else results
+        results = [results] if isinstance(results, Mapping) else results
+        rows = [row for result in results for row in result.get("rows", [result])]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()

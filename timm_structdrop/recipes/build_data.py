@@ -131,11 +131,19 @@ def evaluation(
 
 
 def validation_batches(
-    flags: argparse.Namespace, data: Mapping[str, Any], device: torch.device, world_size: int = 1
+    flags: argparse.Namespace,
+    data: Mapping[str, Any],
+    device: torch.device,
+    world_size: int = 1,
+    wrap: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The loader of the evaluated split; arguments and errors as for `training_batches`."""
+    """The loader of the evaluated split; arguments and errors as for `training_batches`.
+
+    `wrap` may put something around the data set, between its transform and the loader.
+    """
+    dataset = _dataset(flags, data, is_training=False)
     return create_loader(
-        _dataset(flags, data, is_training=False),
+        dataset if wrap is None else wrap(dataset),
         batch_size=flags.validation_batch_size or flags.batch_size,
         is_training=False,
         interpolation=data["interpolation"],

@@ -19,6 +19,7 @@ from timm_structdrop.recipes.flags import (
     add_source_flags,
 )
 from timm_structdrop.recipes.parser import FlagParser
+from timm_structdrop.recipes.robustness_flags import add_robustness_flags
 from timm_structdrop.recipes.sources import parse_with_sources
 
 __all__ = ["parse_validate_flags", "validate_parser"]
@@ -47,6 +48,7 @@ def validate_parser() -> FlagParser:
     add_model_flags(parser)
     add_device_flags(parser)
     _add_evaluation_flags(parser)
+    add_robustness_flags(parser)
     _add_result_flags(parser)
     return parser
 
