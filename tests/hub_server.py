@@ -87,7 +87,8 @@ class Repo:
     history: list[tuple[str, str]] = field(default_factory=list)  # (branch, summary)
 
     def commit(self, branch: str, files: dict[str, bytes], summary: str) -> str:
-        seed = repr((branch, summary, len(self.commits), sorted(files)))
+        contents = sorted((path, git_oid(content)) for path, content in files.items())
+        seed = repr((branch, summary, len(self.commits), contents))
         sha = hashlib.sha1(seed.encode()).hexdigest()
         self.commits[sha] = files
         self.branches[branch] = sha

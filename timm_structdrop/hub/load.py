@@ -12,6 +12,7 @@ from typing import Any
 import timm
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from torch import nn
 
 from timm_structdrop.errors import UserError, nearest, one_line
@@ -97,9 +98,7 @@ def load_verified(
     _check_config(config, repo_id)
     try:
         model = timm.create_model(f"local-dir:{weights.parent}", pretrained=True, **model_kwargs)
-    except UserError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (SafetensorError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{repo_id} does not give a model: {one_line(error)}") from error
     source = {"hf_hub_id": f"{repo_id}@{snapshot.commit}", "source": "hf-hub"}
     known = {key: value for key, value in model.pretrained_cfg.items() if key != "file"}
