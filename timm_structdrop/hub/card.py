@@ -98,10 +98,12 @@ def eval_results(facts: Mapping[str, Any], dataset: str | None) -> list[EvalResu
     found = []
     for key, words in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy")):
         value = facts.get(key)
-        if value is None or dataset is None:
+        if value is None:
             continue
         if not isinstance(value, int | float) or not 0.0 <= value <= 100.0:
             raise UserError(f"{key} must be a percentage in [0, 100]; got {value!r}")
+        if dataset is None:
+            continue
         found.append(
             EvalResult(
                 task_type=TASK,
