@@ -15,7 +15,14 @@ from timm_structdrop.layers import StructDropLayer, regularizers
 from timm_structdrop.models._architectures import architectures
 from timm_structdrop.models.placement import PLACEMENTS
 from timm_structdrop.models.structdrop_variants import variants
-from timm_structdrop.recipes import load_recipe, recipe_names
+from timm_structdrop.recipes import (
+    Cell,
+    Table,
+    load_recipe,
+    load_table,
+    recipe_names,
+    table_names,
+)
 
 __all__ = ["add_flags", "run"]
 
@@ -26,15 +33,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--layers", metavar="MODEL", help="print the regularized layers of a model")
-    group.add_argument("--recipes", action="store_true", help="print the packaged recipes")
+    group.add_argument(
+        "--recipes", action="store_true", help="print recipes and the papers' tables"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.layers:
         print(layers_table(args.layers))
     elif args.recipes:
-        rows = [[name, str(load_recipe(name).get("description", ""))] for name in recipe_names()]
-        print(table(["recipe", "what it does"], rows))
+        print(recipes_table(args.filter))
     else:
         print(variants_table(args.filter))
 
@@ -67,6 +75,46 @@ def variants_table(pattern: str) -> str:
         )
     header = ["variant", "architecture", "regularizer", "where", "params", "rate", "pretrained"]
     return table(header, rows)
+
+
+def recipes_table(pattern: str) -> str:
+    """The single recipes, then one line per cell of the papers' tables, as far as names match.
+
+    Raises:
+        UserError: no name matches.
+    """
+    names = recipe_names()
+    chosen = {name for name in names if fnmatch(name, pattern)}
+    if not chosen:
+        raise UserError(
+            f"the filter must match a recipe's name; got {pattern!r}{nearest(pattern, names)}"
+        )
+    single = sorted(name for name in chosen if "/" not in name)
+    rows = [[name, str(load_recipe(name).get("description", ""))] for name in single]
+    parts = [table(["recipe", "what it does"], rows)] if rows else []
+    rows = [
+        _cell_row(whole, cell)
+        for whole in map(load_table, table_names())
+        for cell in whole.cells.values()
+        if cell.name in chosen
+    ]
+    header = ["recipe", "paper", "table", "model", "data", "published", "metric"]
+    return "\n\n".join([*parts, *([table(header, rows)] if rows else [])])
+
+
+def _cell_row(whole: Table, cell: Cell) -> list[str]:
+    figures = [f"{name} {value:.2f}" for name, value in cell.published.items()]
+    more = [f"{len(figures) - 2} more"] if len(figures) > 2 else []
+    published = ", ".join(figures[:2] + more)
+    return [
+        cell.name,
+        whole.paper.split(",")[0] or "-",
+        whole.table or "-",
+        cell.flags.get("model", "-"),
+        cell.flags.get("dataset", "-"),
+        published or "-",
+        whole.metric.text,
+    ]
 
 
 def layers_table(model_name: str) -> str:

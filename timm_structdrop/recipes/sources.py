@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.errors import UserError
+from timm_structdrop.recipes.packaged import (
+    FACTS,
+    check_keys,
+    load_recipe,
+    read_mapping,
+    recipe_names,
+)
 from timm_structdrop.recipes.parser import FlagParser
 from timm_structdrop.recipes.train_flags import train_parser
 
 __all__ = ["load_recipe", "parse_with_sources", "recipe_names"]
 
-ABOUT = ("description", "paper")
 NOT_CONTINUED = ("recipe", "config", "resume", "output", "experiment")
-
-
-def recipe_names() -> list[str]:
-    """The packaged recipes, sorted."""
-    files = resources.files(__package__).iterdir()
-    return sorted(file.name[:-5] for file in files if file.name.endswith(".yaml"))
-
-
-def load_recipe(name: str) -> dict[str, Any]:
-    """A packaged recipe: ``description``, for a paper's setting ``paper``, and flags of train.py.
-
-    Raises:
-        UserError: there is no such recipe, or it has a key that is no flag.
-    """
-    if name not in recipe_names():
-        raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}")
-    text = resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    recipe = _mapping(text, f"recipe {name}")
-    _known_keys(recipe, f"recipe {name}", {*train_parser().flags(), *ABOUT})
-    return recipe
 
 
 def parse_with_sources(parser: FlagParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +45,7 @@ def parse_with_sources(parser: FlagParser, argv: Sequence[str] | None = None) ->
     config = _read_config(named.config) if named.config else {}
     recipe = named.recipe or config.get("recipe")
     if recipe:
-        values = {key: value for key, value in load_recipe(recipe).items() if key not in ABOUT}
+        values = {key: value for key, value in load_recipe(recipe).items() if key not in FACTS}
         _set_defaults(parser, values, f"recipe {recipe}")
     _set_defaults(parser, config, f"config {named.config}")
     return parser.parse_flags(argv)
@@ -75,9 +58,9 @@ def _read_config(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"config must be a text file; got {path}") from error
-    values = _mapping(text, f"config {path}")
+    values = read_mapping(text, f"config {path}")
     # the args.yaml of a run names the config it was started with, which is merged into it
-    return {key: value for key, value in values.items() if key not in ("config", *ABOUT)}
+    return {key: value for key, value in values.items() if key not in ("config", *FACTS)}
 
 
 def _saved_flags(resume: str) -> dict[str, Any]:
@@ -89,27 +72,9 @@ def _saved_flags(resume: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in NOT_CONTINUED}
 
 
-def _mapping(text: str, source: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} must be valid YAML; {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{source} must be a mapping of flags to values; got {type(values)}")
-    return values
-
-
-def _known_keys(values: Mapping[str, Any], source: str, valid: set[str]) -> None:
-    for key in values:
-        if key not in valid:
-            raise UserError(f"unknown key {key!r} in {source}{nearest(str(key), valid)}")
-
-
 def _set_defaults(parser: FlagParser, values: Mapping[str, Any], source: str) -> None:
     own = parser.flags()
-    _known_keys(values, source, {*own, *train_parser().flags()})
+    check_keys(values, source, {*own, *train_parser().flags()})
     defaults = {
         key: _converted(own[key], value, f"{key} in {source}")
         for key, value in values.items()
