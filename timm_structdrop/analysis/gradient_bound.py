@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from timm_structdrop.analysis.maps import Place
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import cam_drop_2d
-from timm_structdrop.layers._base import check_drop_prob
 from timm_structdrop.training.targets import classifier_weight, target_weights
 
 __all__ = ["CLAIMS", "MASKS", "GradientBound", "gradient_bound"]
@@ -143,13 +142,13 @@ def gradient_bound(
         raise UserError(
             f"a bound needs 2 images and 1 draw at least; got {len(images)} images, {draws} draws"
         )
-    rate = check_drop_prob(1.0 - keep_prob)
+    if not 0.0 < keep_prob <= 1.0:
+        raise UserError(f"keep_prob must be in (0, 1]; got {keep_prob}")
+    rate = 1.0 - keep_prob
     weight = next(model.parameters())
     images, target = images.to(weight.device, weight.dtype), target.to(weight.device)
     alpha = target_weights(classifier_weight(model), target, len(images))
-    norms: dict[str, list[Tensor]] = {mask: [] for mask in MASKS}
-    gradients: dict[str, list[Tensor]] = {mask: [] for mask in MASKS}
-    dropped: dict[str, list[float]] = {mask: [] for mask in MASKS}
+    found: dict[str, list[tuple[Tensor, Tensor, float]]] = {mask: [] for mask in MASKS}
     with torch.random.fork_rng(devices=_devices(weight)), _in_eval_mode(model):
         torch.manual_seed(seed)
         for draw in range(draws):
@@ -168,14 +167,13 @@ def gradient_bound(
             kinds = dict(zip(MASKS[1:], (dropout, as_many, camdrop), strict=True))
             # CamDrop first: one of the others drops as many units as it did
             for mask in ("camdrop", *MASKS[1:3]) + (("none",) if draw == 0 else ()):
-                found = _norms(model, images, target, place, kinds.get(mask), rescale)
-                for values, value in zip((norms, gradients, dropped), found, strict=True):
-                    values[mask].append(value)
+                kind = kinds.get(mask)
+                found[mask].append(_norms(model, images, target, place, kind, rescale))
     return GradientBound(
         place.name,
-        {mask: torch.stack(values).cpu() for mask, values in norms.items()},
-        {mask: torch.stack(values).cpu() for mask, values in gradients.items()},
-        {mask: sum(values) / len(values) for mask, values in dropped.items()},
+        {mask: torch.stack([one[0] for one in each]).cpu() for mask, each in found.items()},
+        {mask: torch.stack([one[1] for one in each]).cpu() for mask, each in found.items()},
+        {mask: sum(one[2] for one in each) / len(each) for mask, each in found.items()},
         rescale,
     )
 

@@ -21,7 +21,12 @@ from timm_structdrop.errors import UserError
 
 __all__ = ["add_cam_flags", "inspect_cams"]
 
-OWN_SETTINGS = {"model_kwargs": {}, "structdrop": None, "drop_block": None, "pretrained": False}
+OWN_SETTINGS: dict[str, Any] = {
+    "model_kwargs": {},
+    "structdrop": None,
+    "drop_block": None,
+    "pretrained": False,
+}
 
 
 def add_cam_flags(parser: argparse.ArgumentParser) -> None:
