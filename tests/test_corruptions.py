@@ -5,7 +5,6 @@ import random
 import sys
 from statistics import mean
 
-import imagecorruptions
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,9 @@ from timm_structdrop.evaluation import (
     write_results,
 )
 
+imagecorruptions = pytest.importorskip(
+    "imagecorruptions", reason="imagecorruptions-imaug is not installed"
+)
 DETERMINISTIC = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate")
 RANDOM = tuple(n for n in CORRUPTIONS if n not in (*DETERMINISTIC, "jpeg_compression"))
 

@@ -165,7 +165,9 @@ def evaluate_attack(
             output = model(images)
         return output[0] if isinstance(output, (tuple, list)) else output
 
-    generator = torch.Generator().manual_seed(attack.seed)
+    # two generators, so that neither draws differently for other batch sizes
+    target_draws = torch.Generator().manual_seed(attack.seed)
+    start_draws = torch.Generator().manual_seed(attack.seed + 1)
     start_time = time.perf_counter()
     samples = right = still_right = hit = 0
     max_change = 0.0
@@ -178,9 +180,9 @@ def evaluate_attack(
             check_targets(classes, before.shape[1])
             wanted, first = classes, None
             if attack.targeted:
-                wanted = random_targets(classes, before.shape[1], generator)
+                wanted = random_targets(classes, before.shape[1], target_draws)
             if attack.random_start:
-                noise = torch.rand(pixels.shape, generator=generator).to(device)
+                noise = torch.rand(pixels.shape, generator=start_draws).to(device)
                 first = (pixels + attack.eps * (2.0 * noise - 1.0)).clamp(0.0, 1.0)
             attacked = pgd(
                 logits,

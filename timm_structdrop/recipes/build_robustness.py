@@ -128,8 +128,8 @@ def _attack(subject: Subject) -> dict[str, Any]:
         subject.model,
         subject.loader,
         attack,
-        mean=subject.data["mean"],
-        std=subject.data["std"],
+        mean=_per_channel(subject, "mean"),
+        std=_per_channel(subject, "std"),
         progress=Progress("Attack", len(subject.loader), flags.log_freq),
         **subject.how(),
     )
@@ -150,6 +150,12 @@ def _attack(subject: Subject) -> dict[str, Any]:
         f"without; success rate {'-' if success is None else f'{success:.2f} %'}"
     )
     return result
+
+
+def _per_channel(subject: Subject, name: str) -> tuple[float, ...]:
+    """Mean or deviation for each channel, adapted where the loader adapts it: by averaging."""
+    values, channels = tuple(subject.data[name]), subject.data["input_size"][0]
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _drop_at_inference(subject: Subject) -> dict[str, Any]:

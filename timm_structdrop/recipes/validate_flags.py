@@ -18,7 +18,7 @@ from timm_structdrop.recipes.flags import (
     add_model_flags,
     add_source_flags,
 )
-from timm_structdrop.recipes.parser import FlagParser
+from timm_structdrop.recipes.parser import FlagParser, at_least
 from timm_structdrop.recipes.robustness_flags import add_robustness_flags
 from timm_structdrop.recipes.sources import parse_with_sources
 
@@ -64,7 +64,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--use-train-size", action="store_true", help="image size of training, not of testing")
     add("--crop-mode", choices=("squash", "border", "center"), help="the model's if not given")
     add("--model-dtype", choices=("float32", "float16", "bfloat16"), help="precision without --amp")
-    add("--seed", type=int, default=42, metavar="S", help="random seed")
+    add("--seed", type=at_least(0), default=42, metavar="S", help="random seed")
 
 
 def _add_result_flags(parser: argparse.ArgumentParser) -> None:
