@@ -364,7 +364,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(Answer(b"unknown call", status=404))
         call, match = found[0]
         named = {key: unquote(text) for key, text in match.groupdict(None).items() if text}
-        faults = list(self.hub.due(call, named.get("repo", ""), named.get("path", "")))
+        path = named.get("path", named.get("oid", ""))
+        faults = list(self.hub.due(call, named.get("repo", ""), path))
         for fault in faults:
             time.sleep(fault.seconds)
             if fault.status and not fault.after:
@@ -428,8 +429,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif damage == "corrupt":
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
+        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        headers, status = dict(answer.headers), answer.status
+        if start and status == 200:
+            headers["Content-Range"] = f"bytes {start[1]}-{len(content) - 1}/{len(content)}"
+            content, status = content[int(start[1]) :], 206
+        self.send_response(status)
+        for name, value in headers.items():
             if value:
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))

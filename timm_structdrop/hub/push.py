@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,7 +84,7 @@ def push_to_hub(
         known = {"label_names": labels, **(facts or {}), "sha256": sha256, "picture": picture}
         card = str(make_card(model, license=license, repo_id=repo_id, facts=known))
         with hub_errors(doing, repo_id):
-            with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            with_retries(lambda: _make_repository(api, repo_id, private))
             if revision is not None and revision != "main":
                 with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
@@ -106,6 +107,13 @@ def push_to_hub(
                 )
 
             return with_retries(commit)
+
+
+def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
+    """Unless it is there."""
+    # a 409 whose answer does not say where what is there lies
+    with suppress(KeyError):
+        api.create_repo(repo_id, private=private, exist_ok=True)
 
 
 def _existing_readme(api: HfApi, info: Any, scratch: Path) -> str | None:
