@@ -85,7 +85,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"`{results['command']}`: {facts['model']} trained on {facts['dataset']}, "
         f"{results['top1']:.1f} % of the {facts['num_images']} {facts['split']} images right; "
-        f"gamma {results['keep_prob']:g}, r = {results['block_size']}, {results['draws']} mask(s) of "
+        f"gamma {results['keep_prob']:g}, r = {results['block_size']}, {results['draws']} masks of "
         f"each kind; {results['hardware']}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ".",
@@ -111,6 +111,7 @@ def report(results: dict[str, Any]) -> str:
             rows.append(row)
         header += [f"{claim['smaller']} <= {claim['larger']}" for claim in found["claims"]]
         lines += ["", f"## {how[0].upper()}{how[1:]}", "", *markdown(header, rows)]
+        lines += ["", "In the mean: " + "; ".join(verdicts(results["places"], rescaled)) + "."]
     bounded = min(
         mask["share_bounded"] for found in results["places"] for mask in found["masks"].values()
     )
@@ -119,6 +120,19 @@ def report(results: dict[str, Any]) -> str:
         f"Eq. (15), |dL/db| <= ||dS/db||: in at least {100 * bounded:.1f} % of all cases.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def verdicts(places: list[dict[str, Any]], rescaled: bool) -> list[str]:
+    """At how many places each inequality holds."""
+    found = [place for place in places if place["rescaled"] == rescaled]
+    words = []
+    for index, claim in enumerate(found[0]["claims"]):
+        said = [place["claims"][index]["verdict"] for place in found]
+        words.append(
+            f"{claim['smaller']} <= {claim['larger']} holds at {said.count('holds')} and fails at "
+            f"{said.count('fails')} of {len(said)} places"
+        )
+    return words
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -24,6 +24,7 @@ from timm_structdrop.analysis.maps import (
     collect_maps,
     find_places,
 )
+from timm_structdrop.analysis.surface_figures import draw_accuracy_surface
 
 __all__ = [
     "LAYER_CHOICES",
@@ -43,6 +44,7 @@ __all__ = [
     "cluster_study",
     "collect_maps",
     "compare_spread",
+    "draw_accuracy_surface",
     "draw_cams",
     "draw_cluster_maps",
     "draw_corruption_curves",

@@ -1,0 +1,156 @@
+"""Accuracy over learning rate and gamma of CamDrop on ResNet-8, the paper's Fig. 4.
+
+    python -m benchmarks.lr_gamma --dataset digits
+    python -m benchmarks.lr_gamma --dataset torch/mnist --data-dir DIR --dataset-download
+
+Each cell is a training with SGD (momentum 0.9) at a constant learning rate, without augmentation,
+and its top-1 after the last epoch; gamma = 1 is training without CamDrop. A training whose loss is
+not finite stops there and counts as chance. The paper names the ends of both ranges, six values of
+gamma and some of the eight learning rates; the others here are chosen between them.
+
+Cells in the CSV file are not trained again, so a sweep that was stopped goes on.
+"""
+
+import argparse
+import csv
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._record import ROOT, circumstances, quietly_trained
+from timm_structdrop.analysis import draw_accuracy_surface, save_csv, save_json, save_png
+from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.training import Progress
+
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 15.0)
+GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+SETTINGS = ("dataset", "model", "epochs", "batch_size", "img_size", "block_size", "seed")
+NOT_FINITE = "the loss must be finite"
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--dataset", default="digits", metavar="NAME", help="digits, torch/mnist, ... (digits)")
+    add("--data-dir", metavar="DIR", help="folder of the data")
+    add("--dataset-download", action="store_true", help="let torch/ download")
+    add("--num-classes", type=int, default=10, metavar="N", help="classes (10)")
+    add("--model", default="resnet8", metavar="NAME", help="an architecture (resnet8)")
+    add("--rates", type=float, nargs="+", default=RATES, metavar="LR", help="0.03 to 15")
+    add("--gammas", type=float, nargs="+", default=GAMMAS, metavar="P", help="0.5 to 1")
+    add("--epochs", type=int, default=5, metavar="N", help="of each training (5)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
+    add("--img-size", type=int, default=16, metavar="N", help="image size (16)")
+    add("--block-size", type=int, default=3, metavar="N", help="r of CamDrop (3)")
+    add("--seed", type=int, default=42, metavar="S", help="42 if not given")
+    add("--output", metavar="PATH", help="without .csv; benchmarks/results/lr-gamma-DATASET")
+    return parser
+
+
+def missing(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[tuple[float, float]]:
+    """The cells that are not in the file, those without CamDrop first."""
+    done = {(float(row["lr"]), float(row["gamma"])) for row in rows}
+    for gamma in sorted(set(args.gammas), reverse=True):
+        for rate in sorted(set(args.rates)):
+            if (rate, gamma) not in done:
+                yield rate, gamma
+
+
+def earlier_rows(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
+    """What an earlier sweep left, which must have had the same settings."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = list(csv.DictReader(path.read_text().splitlines()))
+    for name in SETTINGS:
+        values = {row.get(name) for row in rows} - {str(getattr(args, name))}
+        if values:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} must be that of the cells in {path.name}, {values.pop()}; "
+                f"got {getattr(args, name)} (another --output begins anew)"
+            )
+    return rows
+
+
+def train_cell(args: argparse.Namespace, rate: float, gamma: float) -> dict[str, Any]:
+    """One training; its row of the file."""
+    command = [
+        "--model", f"{args.model}_camdrop", "--drop-block", str(round(1 - gamma, 6)),
+        "--model-kwargs", f"block_size={args.block_size}", "--drop-schedule", "constant",
+        "--dataset", args.dataset, "--num-classes", str(args.num_classes), "--in-chans", "1",
+        "--img-size", str(args.img_size), "--batch-size", str(args.batch_size),
+        "--epochs", str(args.epochs), "--val-interval", str(args.epochs),
+        "--lr", str(rate), "--sched", "none", "--warmup-epochs", "0", "--smoothing", "0",
+        "--no-aug", "--workers", "0", "--seed", str(args.seed),
+    ]  # fmt: skip
+    command += ["--data-dir", args.data_dir] if args.data_dir else []
+    command += ["--dataset-download"] if args.dataset_download else []
+    start = time.perf_counter()
+    top1, loss = 100 / args.num_classes, "not finite"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run = quietly_trained(Path(folder) / "run", command)
+            last = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))[-1]
+            top1, loss = float(last["eval_top1"]), last["train_loss"]
+        except UserError as error:
+            if NOT_FINITE not in str(error):
+                raise
+    return {
+        **{name: getattr(args, name) for name in SETTINGS},
+        "lr": rate,
+        "gamma": gamma,
+        "top1": round(top1, 3),
+        "train_loss": loss,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def draw(args: argparse.Namespace, rows: list[dict[str, Any]], path: Path) -> None:
+    cells = {
+        (float(row["lr"]), float(row["gamma"])): float(row["top1"])
+        for row in rows
+        if float(row["lr"]) in args.rates and float(row["gamma"]) in args.gammas
+    }
+    if len(set(args.rates)) > 1 and len(set(args.gammas)) > 1:
+        title = (
+            f"CamDrop (r = {args.block_size}) on {args.model}, {args.dataset} at {args.img_size} "
+            f"px: top-1 after {args.epochs} epochs of SGD, one run per cell"
+        )
+        save_png(draw_accuracy_surface(cells, title), path)
+
+
+def main() -> None:
+    args = flags().parse_args()
+    torch.set_num_threads(1)
+    if min(args.gammas) <= 0 or max(args.gammas) > 1 or min(args.rates) <= 0:
+        raise UserError(
+            f"--gammas must be in (0, 1] and --rates above 0; got {args.gammas} and {args.rates}"
+        )
+    name = f"lr-gamma-{args.dataset.rpartition('/')[2]}"
+    output = Path(args.output or ROOT / "benchmarks" / "results" / name)
+    if not output.parent.is_dir():
+        raise UserError(f"--output must be in a folder that is there; got {args.output}")
+    table = output.with_name(output.name + ".csv")
+    rows = earlier_rows(args, table)
+    cells = list(missing(args, rows))
+    done = len(set(args.rates)) * len(set(args.gammas)) - len(cells)
+    progress = Progress("Cells", done + len(cells), log_interval=1, done=done)
+    for rate, gamma in cells:
+        row = train_cell(args, rate, gamma)
+        rows.append(row)
+        save_csv(rows, table)
+        progress.update(1, {"lr": rate, "gamma": gamma, "top1": row["top1"]})
+    progress.close()
+    if cells:
+        facts = {**circumstances("lr_gamma"), "cells": len(rows)}
+        save_json(facts, output.with_name(output.name + ".json"))
+    draw(args, rows, output.with_name(output.name + ".png"))
+    print(f"Written: {table} and .json, .png beside it")
+
+
+if __name__ == "__main__":
+    run_command(main)
