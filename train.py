@@ -38,6 +38,7 @@ from timm_structdrop.recipes.build import (
     build_task,
 )
 from timm_structdrop.recipes.build_data import evaluation, input_settings, training_batches
+from timm_structdrop.recipes.tag_settings import with_tag_settings
 from timm_structdrop.training import (
     Loop,
     LoopSettings,
@@ -66,7 +67,7 @@ class Process:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parse_with_sources(train_parser(), argv)
+    flags = with_tag_settings(parse_with_sources(train_parser(), argv))
     check_push(flags)
     process = start_process(flags)
     checkpoint = find_resume(flags.resume) if flags.resume else None

@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file
+from script import load_script
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import is_model_pretrained, save_for_hf
 
@@ -23,6 +24,7 @@ from timm_structdrop.layers import DropCluster2d
 from timm_structdrop.models.packaged import FOLDER, packaged
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.command_line import training_command
+from timm_structdrop.recipes.tag_settings import with_tag_settings
 
 PUBLISHED = {
     "lenet5_dropcluster",
@@ -289,3 +291,38 @@ def test_the_training_command_is_understood_as_the_same_flags(words):
     assert command[:2] == ["python", "train.py"]
     assert parse_with_sources(train_parser(), command[2:]) == flags
     assert len(command) <= len(words) + 4
+
+
+def test_a_run_from_packaged_weights_says_all_that_its_checkpoint_needs(tmp_path, capsys):
+    train, validate = load_script("train"), load_script("validate")
+    words = ["--model", "resnet20_dropcluster", "--pretrained", "--dataset", "digits"]
+    settings = ["--epochs", "1", "--lr", "1e-9", "--warmup-epochs", "0", "--workers", "0"]
+    train.main([*words, *settings, "--output", str(tmp_path), "--model-ema"])
+    (run,) = tmp_path.iterdir()
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    data = packaged()["resnet20_dropcluster"]["data"]
+    assert [args["in_chans"], args["img_size"], args["img_size"]] == data["input_size"]
+    assert args["mean"] == data["mean"] and args["std"] == data["std"]
+    capsys.readouterr()
+    validate.main(
+        ["--model", "resnet20_dropcluster", "--checkpoint", str(run), "--use-ema", "--workers", "0"]
+    )
+    result = json.loads(capsys.readouterr().out.partition("--result")[2])
+    assert result["img_size"] == 16 and result["top1"] > 90
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["resnet20_dropcluster", "--pretrained"], (1, 16)),
+        (["resnet20_dropcluster.digits"], (1, 16)),
+        (["resnet20_dropcluster", "--pretrained", "--img-size", "24", "--in-chans", "3"], (3, 24)),
+        (["resnet20_dropcluster"], (None, None)),
+        (["resnet18_dropcluster", "--pretrained"], (None, None)),
+    ],
+    ids=str,
+)
+def test_flags_say_what_the_tag_decides(words, expected):
+    flags = with_tag_settings(parse_with_sources(train_parser(), ["--model", *words]))
+    assert (flags.in_chans, flags.img_size) == expected
+    assert (flags.num_classes == 10) == (expected != (None, None))
