@@ -4,10 +4,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["one_thread", "paired", "spread"]
+__all__ = ["Times", "one_thread", "paired", "paired_times", "spread"]
+
+
+class Times(NamedTuple):
+    """Milliseconds of some calls: elapsed, and of the processor, which does not count waiting for
+    one's turn on a busy machine."""
+
+    elapsed: list[float]
+    processor: list[float]
 
 
 @contextmanager
@@ -21,18 +30,29 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def paired_times(
+    functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2
+) -> dict[str, Times]:
+    """Times of each call, the functions taking turns in ``repeats`` rounds, each beginning with
+    another one."""
+    times = {name: Times([], []) for name in functions}
+    names = list(functions)
+    for round_ in range(-warm_up, repeats):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed, processor = time.perf_counter(), time.process_time()
+            functions[name]()
+            if round_ >= 0:
+                times[name].elapsed.append(1000 * (time.perf_counter() - elapsed))
+                times[name].processor.append(1000 * (time.process_time() - processor))
+    return times
+
+
 def paired(
     functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, the functions taking turns in ``repeats`` rounds."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(-warm_up, repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if round_ >= 0:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
+    """Elapsed milliseconds of each call; see :func:`paired_times`."""
+    return {n: times.elapsed for n, times in paired_times(functions, repeats, warm_up).items()}
 
 
 def spread(over: list[float], under: list[float]) -> dict[str, float]:

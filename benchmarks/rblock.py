@@ -4,16 +4,16 @@
 
 ResNet-50, R-Block in groups 3 and 4, batch 16 at 128 px, one thread. A step is the forward, the
 loss, the backward and an SGD update. The concatenated step sends (x, x) through the whole network
-with the same R-Block layers and the same loss; the plain step has neither. Each repeat times the
-three one after the other, in turning order, and takes the ratios: what else the machine does then
-meets all three. Ratios of processor time are given beside those of elapsed time, because on a busy
-machine the process also waits for its turn.
+with the same R-Block layers and the same loss; the plain step has neither. All take turns, and the
+ratios are taken within a turn: what else the machine does then meets all of them. Several sub
+models are also compared with the first of them. Ratios of processor time stand beside those of
+elapsed time, because on a busy machine the process also waits for its turn.
 """
 
 import argparse
+import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import timm_structdrop  # noqa: F401  registers the models
+from benchmarks._timing import Times, one_thread, paired_times, spread
 from timm_structdrop.layers import SUB_MODELS, Fork
 from timm_structdrop.training import RBlockTask, StructDropTask
 
 BATCH, SIZE, CLASSES = 16, 128, 1000
-STEPS = ("forked", "concatenated", "plain")
 
 
 class Concatenated(nn.Module):
@@ -65,59 +65,42 @@ def make_step(kind: str, sub_models: str) -> Callable[[], None]:
     return step
 
 
-def timed(function: Callable[[], None]) -> tuple[float, float]:
-    """Elapsed seconds and processor seconds of one call."""
-    elapsed, processor = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - elapsed, time.process_time() - processor
-
-
 def run(repeats: int = 7, sub_models: tuple[str, ...] = ("sdropdml",)) -> list[dict[str, Any]]:
-    """Measure each construction of the sub models.
+    """Measure the constructions of the sub models.
 
     Args:
-        repeats: paired measurements of each.
+        repeats: rounds in which all steps take turns.
         sub_models: keywords of R-Block.
 
     Returns:
-        Two rows each, against the concatenated and against the plain step: the median seconds of
-        both, the median, smallest and largest ratio, and the median ratio of processor times.
+        Rows of ``case``, the median seconds of a step, median and quartiles of the ratio of
+        elapsed times, and the median ratio of processor times: each construction against its
+        concatenated step, the plain step, and the first construction.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [row for name in sub_models for row in measure(name, repeats)]
-    finally:
-        torch.set_num_threads(threads)
+    first = sub_models[0]
+    steps = {"plain": make_step("plain", first)}
+    for name in sub_models:
+        steps[name] = make_step("forked", name)
+        steps[f"concatenated {name}"] = make_step("concatenated", name)
+    with one_thread():
+        times = paired_times(steps, repeats, warm_up=1)
+    rows = []
+    for name in sub_models:
+        others = [f"concatenated {name}", "plain", *([first] if name != first else [])]
+        rows += [compared(f"{name} / {other}", times[name], times[other]) for other in others]
+    return rows
 
 
-def measure(sub_models: str, repeats: int) -> list[dict[str, Any]]:
-    steps = {kind: make_step(kind, sub_models) for kind in STEPS}
-    for step in steps.values():
-        step()
-    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in STEPS}
-    for repeat in range(repeats):
-        turn = repeat % len(STEPS)
-        for kind in STEPS[turn:] + STEPS[:turn]:
-            times[kind].append(timed(steps[kind]))
-    return [compared(sub_models, times["forked"], times[kind], kind) for kind in STEPS[1:]]
-
-
-def compared(
-    sub_models: str, ours: list[tuple[float, float]], other: list[tuple[float, float]], name: str
-) -> dict[str, Any]:
-    """A row from paired (elapsed, processor) seconds."""
-    ratios = [a[0] / b[0] for a, b in zip(ours, other, strict=True)]
+def compared(case: str, ours: Times, other: Times) -> dict[str, Any]:
+    """A row from paired times."""
     return {
         "benchmark": "rblock",
-        "case": f"{sub_models} against the {name} step",
-        "seconds": statistics.median(elapsed for elapsed, _ in ours),
-        "other_seconds": statistics.median(elapsed for elapsed, _ in other),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "processor_ratio": statistics.median(a[1] / b[1] for a, b in zip(ours, other, strict=True)),
-        "repeats": len(ratios),
+        "case": case,
+        "seconds": statistics.median(ours.elapsed) / 1000,
+        "other_seconds": statistics.median(other.elapsed) / 1000,
+        "ratio": spread(ours.elapsed, other.elapsed),
+        "processor_ratio": spread(ours.processor, other.processor)["median"],
+        "repeats": len(ours.elapsed),
     }
 
 
@@ -127,15 +110,18 @@ def main() -> None:
     parser.add_argument("--sub-models", nargs="+", default=["sdropdml"], choices=SUB_MODELS)
     arguments = parser.parse_args()
     rows = run(arguments.repeats, tuple(arguments.sub_models))
+    load = "/".join(f"{value:.1f}" for value in os.getloadavg())
     print(
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}; ResNet-50, batch {BATCH} at {SIZE} px, one thread"
+        f"timm {timm.__version__}; ResNet-50, batch {BATCH} at {SIZE} px, one thread; "
+        f"{arguments.repeats} rounds, load {load}; median (quartiles)"
     )
     for row in rows:
+        ratio = row["ratio"]
         print(
-            f"{row['case']:40s} {row['seconds']:6.2f} s against {row['other_seconds']:6.2f} s: "
-            f"{row['ratio']:5.2f} x ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f}, "
-            f"n = {row['repeats']}), processor time {row['processor_ratio']:.2f} x"
+            f"{row['case']:34s} {row['seconds']:6.2f} s / {row['other_seconds']:6.2f} s: "
+            f"{ratio['median']:5.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), "
+            f"processor time {row['processor_ratio']:.2f}"
         )
 
 
