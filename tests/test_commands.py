@@ -14,8 +14,8 @@ import timm
 import torch
 from PIL import Image
 
-import timm_structdrop.commands.fit as fit_command
 import timm_structdrop.commands.inspect as inspect_command
+import timm_structdrop.hub.export as export
 from timm_structdrop.__main__ import main
 from timm_structdrop.cluster import adjusted_rand_index, rena
 from timm_structdrop.commands._images import load_subject
@@ -83,7 +83,7 @@ def test_the_saved_folder_is_the_fitted_model(fitted, capsys):
     assert len(modes) == 1
     loaded = timm.create_model(f"local-dir:{fitted}", pretrained=True).eval()
     layer = loaded.act1.dropcluster
-    assert layer.is_fitted and layer.n_clusters == 6
+    assert layer.is_fitted and layer.n_clusters == 6 and layer.target_drop_prob == 0.25
     again = timm.create_model(f"local-dir:{fitted}", pretrained=True).eval()
     images = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(images), again(images))
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fit_command, "save_for_hf", half)
+    monkeypatch.setattr(export, "save_for_hf", half)
     with pytest.raises(UserError, match="out cannot be written: No space left on device"):
         main(["fit", "lenet5_dropcluster", *DIGITS, "--output", str(tmp_path / "out")])
     assert names(tmp_path) == set()

@@ -230,7 +230,6 @@ def config_with(hub, **changes) -> bytes:
     [
         ({"pretrained_cfg": {"hf_hub_filename": "../../evil.bin"}}, "it has hf_hub_filename"),
         ({"pretrained_cfg": {"file": "/etc/passwd"}}, "it has file"),
-        ({"pretrained_cfg": {"url": "http://127.0.0.1:1/evil.bin"}}, "it has url"),
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "it has checkpoint_path"),
         ({"model_args": {"pretrained_strict": False}}, "it has pretrained_strict"),
         ({"architecture": "../lenet5"}, "is a '../lenet5', no model of timm"),

@@ -1,27 +1,22 @@
 """Fit the clusters of a DropCluster model on one mini-batch and save it as a folder for timm.
 
 After `import timm_structdrop`, `timm.create_model("local-dir:DIR", pretrained=True)` loads it with
-its clusters. The activations are those of a training step (batch norms in training mode, images
-without augmentation); running statistics stay as they were. As always with timm, drop rates are not
-saved: give `drop_block_rate` again to train on.
+its clusters and settings. The activations are those of a training step (batch norms in training
+mode, images without augmentation); running statistics stay as they were.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from timm.models import list_models, save_for_hf
-from torch import nn
+from timm.models import list_models
 
 from timm_structdrop.analysis import cluster_places, fit_clusters, output_folder
 from timm_structdrop.commands._images import add_subject_flags, load_subject
 from timm_structdrop.commands.list import table
-from timm_structdrop.errors import UserError, nearest, one_line
+from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.hub import export_model
 
 __all__ = ["add_flags", "run"]
 
@@ -40,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         hint = nearest(subject.name, list_models("*_dropcluster"))
         raise UserError(f"MODEL must have a DropCluster layer; {subject.name} has none{hint}")
     fits = fit_clusters(subject.model, subject.images)
-    save_model(subject.model.cpu(), folder, subject.data)
+    export_model(subject.model, folder, data_config=subject.data)
     rows = [
         [
             name,
@@ -71,28 +66,3 @@ def new_folder(path: str) -> Path:
         raise UserError(f"--output must be a new or empty folder; got {folder}")
     output_folder(folder.absolute().parent)
     return folder
-
-
-def save_model(model: nn.Module, folder: Path, data: dict[str, Any]) -> None:
-    """Save a model with timm's ``save_for_hf``, safetensors only, under a temporary name first.
-
-    Args:
-        model: made by ``timm.create_model``, which records its arguments.
-        folder: not there yet, or empty.
-        data: timm's data config for ``config.json``.
-
-    Raises:
-        UserError: the folder cannot be written; nothing is left of it.
-    """
-    temporary = folder.absolute().with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        save_for_hf(model, temporary, safe_serialization=True, data_config=data)
-        # safetensors makes files that only their owner can read
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -24,8 +24,8 @@ __all__ = ["load_verified"]
 _logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
-# What a config may not set: other places of weights, and ways to load only a part of them.
-FOREIGN_SOURCES = ("file", "url", "hf_hub_id", "hf_hub_filename", "state_dict")
+# What a config may not set: other files of weights, and ways to load only a part of them.
+FOREIGN_SOURCES = ("file", "hf_hub_filename", "state_dict")
 LOADING_ARGUMENTS = ("checkpoint_path", "cache_dir", "pruned", "kwargs_filter")
 
 
@@ -86,8 +86,7 @@ def load_verified(
             weights; a file is not the one that was pushed; the Hub cannot be reached.
     """
     repo_id, revision = _split(repo_id, revision)
-    doing = "load"
-    with hub_errors(doing, repo_id):
+    with hub_errors("load", repo_id):
         snapshot = _resolve(HfApi(token=token), repo_id, revision)
         _refuse_pickles(snapshot)
         config_path = _verified(snapshot, CONFIG, None)
@@ -132,7 +131,7 @@ def _resolve(api: HfApi, repo_id: str, revision: str) -> Snapshot:
         str(info.sha),
         tuple(file.rfilename for file in files),
         {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None},
-        {file.rfilename: str(file.blob_id) for file in files if file.lfs is None},
+        {file.rfilename: file.blob_id for file in files if file.lfs is None and file.blob_id},
     )
 
 
@@ -210,7 +209,8 @@ def _check_config(config: dict[str, Any], repo_id: str) -> None:
     """A config describes a model; it does not say where else weights are, or to load only some."""
     name = config["architecture"]
     if not timm.is_model(name):
-        raise UserError(f"{repo_id} is a {name!r}, no model of timm{nearest(name, _models())}")
+        hint = nearest(name, timm.list_models())
+        raise UserError(f"{repo_id} is a {name!r}, no model of timm{hint}")
     given = config.get("pretrained_cfg", config)
     arguments = config.get("model_args") or {}
     if not isinstance(given, dict) or not isinstance(arguments, dict):
@@ -222,7 +222,3 @@ def _check_config(config: dict[str, Any], repo_id: str) -> None:
             f"the {CONFIG} of {repo_id} must not say where weights come from or how they are "
             f"loaded; it has {', '.join(foreign)}"
         )
-
-
-def _models() -> list[str]:
-    return timm.list_models()

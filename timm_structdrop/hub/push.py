@@ -75,7 +75,6 @@ def push_to_hub(
     if not isinstance(repo_id, str) or repo_id.count("/") != 1:
         raise UserError(f"a repository is named user/name; got {repo_id!r}")
     api = HfApi(token=token, library_name="timm_structdrop")
-    doing = "push to"
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         labels = label_names if label_names is not None else (facts or {}).get("label_names")
@@ -83,7 +82,7 @@ def push_to_hub(
         picture = _draw_clusters(model, folder / PICTURE, images)
         known = {"label_names": labels, **(facts or {}), "sha256": sha256, "picture": picture}
         card = str(make_card(model, license=license, repo_id=repo_id, facts=known))
-        with hub_errors(doing, repo_id):
+        with hub_errors("push to", repo_id):
             with_retries(lambda: _make_repository(api, repo_id, private))
             if revision is not None and revision != "main":
                 with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))

@@ -160,7 +160,8 @@ def build_task(
     clusters = [layer for layer in model.modules() if isinstance(layer, DropCluster2d)]
     if any(layer.fit_start_step is None for layer in clusters):
         refits = ClusterRefits(model, flags.cluster_start, flags.cluster_every)
-        if flags.cluster_start >= epochs:
+        fitted = any(layer.is_fitted for layer in clusters)  # it came with pretrained weights
+        if flags.cluster_start >= epochs and not fitted:
             _logger.warning(
                 f"DropCluster will not do anything: its first fit is in epoch "
                 f"{flags.cluster_start} (--cluster-start) of a run of {epochs} epochs"
