@@ -13,7 +13,7 @@ from timm_structdrop.analysis import draw_accuracy_surface
 from timm_structdrop.errors import UserError
 
 sys.path.insert(0, str(ROOT))  # pytest itself does not look for modules there
-from benchmarks import lr_gamma  # noqa: E402
+from benchmarks import lr_gamma
 
 
 @pytest.fixture
