@@ -42,9 +42,10 @@ def make_card(
             `versions` (by library): of the training. `dataset` (the data set as train.py names
             it), `dataset_name` (in words), `split`, `n_eval`, `top1`, `top5` (percent),
             `selection` (how the checkpoint was chosen): of the evaluation. `hopkins`: mean Spatial
-            Hopkins statistic by layer. `comparison`: rows of `model`, `top1`, `n`. `label_names`,
-            `sha256`, `size`, `base_model` (repository the training started from). `picture`: file
-            name of the cluster maps, `clusters.png` unless it says otherwise; None for no picture.
+            Hopkins statistic by layer. `comparison`: rows of `model`, `top1`, `n` and, if known,
+            `params`. `label_names`, `sha256`, `base_model` (repository the training started from).
+            `picture`: file name of the cluster maps, `clusters.png` unless it says otherwise; None
+            for no picture.
 
     Returns:
         A `huggingface_hub.ModelCard`; `str()` of it is the README.

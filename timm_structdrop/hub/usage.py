@@ -36,7 +36,7 @@ class Usage:
             "",
             f"""\
 logits = model(transform(image).unsqueeze(0))  # (1, {self.num_classes})
-top = torch.topk(logits.softmax(dim=1), k={k})
+top = logits.softmax(dim=1).topk({k})
 names = model.pretrained_cfg.get("label_names") or range({self.num_classes})
 for index, probability in zip(top.indices[0].tolist(), top.values[0].tolist()):
     print(f"{{names[index]}}: {{probability:.1%}}")""",
@@ -67,7 +67,6 @@ embedding = model.forward_head(maps, pre_logits=True)  # (1, {self.embedding})""
         return f"""\
 ```python
 import timm, timm_structdrop  # the second import registers the model
-import torch
 {imports}
 
 model = timm.create_model("{self.name}", pretrained=True{option}).eval()
