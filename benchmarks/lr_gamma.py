@@ -109,6 +109,19 @@ def train_cell(args: argparse.Namespace, rate: float, gamma: float) -> dict[str,
     }
 
 
+def reach(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By gamma: the best top-1, and the largest learning rate that trains to half of it."""
+    found: dict[str, Any] = {}
+    for gamma in sorted({float(row["gamma"]) for row in rows}, reverse=True):
+        top1 = {
+            float(row["lr"]): float(row["top1"]) for row in rows if float(row["gamma"]) == gamma
+        }
+        best = max(top1.values())
+        trains = [rate for rate, value in top1.items() if value >= best / 2]
+        found[f"{gamma:g}"] = {"best_top1": best, "largest_rate_with_half_of_it": max(trains)}
+    return {"by_gamma": found}
+
+
 def draw(args: argparse.Namespace, rows: list[dict[str, Any]], path: Path) -> None:
     cells = {
         (float(row["lr"]), float(row["gamma"])): float(row["top1"])
@@ -145,9 +158,8 @@ def main() -> None:
         save_csv(rows, table)
         progress.update(1, {"lr": rate, "gamma": gamma, "top1": row["top1"]})
     progress.close()
-    if cells:
-        facts = {**circumstances("lr_gamma"), "cells": len(rows)}
-        save_json(facts, output.with_name(output.name + ".json"))
+    facts = {**circumstances("lr_gamma"), "cells": len(rows), **reach(rows)}
+    save_json(facts, output.with_name(output.name + ".json"))
     draw(args, rows, output.with_name(output.name + ".png"))
     print(f"Written: {table} and .json, .png beside it")
 
