@@ -84,7 +84,7 @@ def test_provenance(name):
     assert facts["hardware"] and facts["license"] == "apache-2.0"
     words = shlex.split(facts["command"])
     flags = parse_with_sources(train_parser(), words[2:])
-    assert words[:2] == ["python", "train.py"]
+    assert words[:2] == ["python", "train.py"] and "--seed" in words
     assert (flags.model, flags.seed, flags.epochs) == (name, facts["seed"], facts["epochs"])
 
 
