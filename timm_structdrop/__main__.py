@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import import_module
 
-from timm_structdrop.errors import run_command
+from timm_structdrop.errors import UserError, run_command
 
 COMMANDS = {
     "list": "print the registered variants, the layers of a model, or the recipes",
     "inspect": "histograms and pictures of a model's activations and clusters, with the numbers",
     "fit": "fit the clusters of a DropCluster model on one mini-batch and save it",
+    "sweep": "run a table of a paper, cell by cell and seed by seed, and compare",
     "push": "push a trained or fitted model to the Hugging Face Hub",
     "package": "put a training's checkpoint into the package, with the facts of how it came about",
     "card": "write the model cards of the packaged checkpoints, or say which are stale",
@@ -27,7 +29,13 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_flags(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    if end < len(argv):
+        if not hasattr(args, "train_flags"):
+            raise UserError(f"{args.command} takes no flags behind --; got {argv[end + 1 :]}")
+        args.train_flags = argv[end + 1 :]
     args.run(args)
 
 

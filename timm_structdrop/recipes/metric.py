@@ -38,6 +38,10 @@ class Metric:
     which: str
     epochs: int
 
+    def words(self) -> str:
+        """The rule in a sentence."""
+        return f"the {self.text} epoch" if self.text in ("last", "best") else f"the {self.text}"
+
     def of(self, rows: Sequence[Mapping[str, str]], figure: str) -> float | None:
         """The figure of a run, in percent.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -217,7 +217,7 @@ def read_mapping(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def check_keys(values: Mapping[str, Any], source: str, valid: set[str]) -> None:
+def check_keys(values: Mapping[str, Any], source: str, valid: Set[str]) -> None:
     """Raise UserError for a key that is not one of ``valid``."""
     for key in values:
         if key not in valid:
