@@ -1,0 +1,1 @@
+"""What the regularizers do in tasks other than classification, in programs of their own."""
