@@ -117,7 +117,8 @@ class Hub:
         self.calls: list[tuple[str, str]] = []  # (call, repository or '')
         self.lock = threading.RLock()
         self.servers = [_server(self), _server(self)]
-        self.url, self.lfs_url = (f"http://127.0.0.1:{s.server_port}" for s in self.servers)
+        ports = [server.server_port for server in self.servers]
+        self.url, self.lfs_url = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def __enter__(self) -> Hub:
         return self
@@ -142,7 +143,7 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
         return {**kept, **settings, **({"HF_TOKEN": token} if token else {})}
 

@@ -202,8 +202,9 @@ def test_damaged_downloads(hub, client, tmp_path, damage):
     load = f"result = load_verified('alice/{damage}').conv1.weight.sum().item()"
     outcome = client.run_all([(load, {})])[0]
     assert fault.times == 0
-    if damage == "short":
-        check_line(outcome, "cannot load alice/short", "ended early", "try again")
+    if outcome.error:  # of a cut one, a client that does not resume
+        what = {"short": "ended early", "cut": "broke off"}[damage]
+        check_line(outcome, f"cannot load alice/{damage}", what)
         outcome = client.run_all([(load, {})])[0]
     assert not outcome.error, outcome.error
     assert bool(outcome.warnings) == (damage == "corrupt")

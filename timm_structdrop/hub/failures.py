@@ -75,9 +75,10 @@ def with_retries(attempt: Callable[[], Result]) -> Result:
 
 def is_away(error: BaseException) -> bool:
     """Whether the Hub cannot be reached, or offline mode forbids it."""
-    found = list(_chain(error))
-    if any(isinstance(link, HfHubHTTPError) for link in found):
-        return (_status(error) or 0) >= 500
+    status = _status(error)
+    if status is not None:
+        return status >= 500
+    found = _chain(error)
     return any(isinstance(link, OfflineModeIsEnabled) or _is_transport(link) for link in found)
 
 
@@ -101,7 +102,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _http_error(error: BaseException) -> HfHubHTTPError | None:
-    return next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
+    """The answer of the Hub behind an error; some of the client's errors are without one."""
+    for link in _chain(error):
+        if isinstance(link, HfHubHTTPError) and link.response is not None:
+            return link
+    return None
 
 
 def _status(error: BaseException) -> int | None:
@@ -136,12 +141,17 @@ def _cause(error: BaseException) -> str | None:
         if isinstance(link, OSError) and "Consistency check failed" in str(link):
             return "a download ended early, its size is wrong; try again"
     if any(_is_transport(link) for link in links):
-        return f"{constants.ENDPOINT} cannot be reached ({one_line(links[0])})"
+        return f"{constants.ENDPOINT} cannot be reached, or broke off ({_reason(links)})"
     if isinstance(error, OSError):
         return one_line(error)
     if "LFS" in str(error) or "README.md" in str(error) or "Malformed" in str(error):
         return f"the Hub refused: {one_line(error)}"
     return None
+
+
+def _reason(links: list[BaseException]) -> str:
+    """The root of it, without the words of every library on the way."""
+    return next((one_line(link) for link in reversed(links) if str(link)), "no answer")
 
 
 def _cause_of_status(error: HfHubHTTPError) -> str:
