@@ -175,7 +175,7 @@ def test_tiny_imagenet_as_folder_and_as_zip(tiny, tmp_path):
     assert train.words == {wnid: f"word of {wnid}, other word" for wnid in WNIDS}
 
 
-def test_a_zip_is_read_by_several_workers(tiny, tmp_path):
+def test_a_zip_is_read_by_several_workers(tiny, tmp_path, monkeypatch):
     path = zipped(tiny, tmp_path / "x.zip")
     dataset = TinyImageNet(path, is_train=True)
     dataset.transform = np.array  # torch wants to write
@@ -184,6 +184,10 @@ def test_a_zip_is_read_by_several_workers(tiny, tmp_path):
     means = torch.cat([images.float().mean((1, 2, 3)) for images, _ in loader])
     assert torch.allclose(means, torch.tensor(expected), atol=1e-3)
     assert pickle.loads(pickle.dumps(dataset))[0][1] == dataset[0][1]
+    opened = dataset.files._zip
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert dataset[0][1] == dataset.targets[0]
+    assert dataset.files._zip is not opened, "two processes would share the place in one file"
 
 
 @pytest.mark.parametrize(

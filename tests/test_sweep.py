@@ -161,6 +161,24 @@ def test_a_sweep_that_is_stopped_ends_its_runs(fake, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
 
 
+def test_a_run_is_locked_by_itself_too(fake, monkeypatch):
+    """So it stays so if the sweep dies and the run goes on."""
+    monkeypatch.setenv("FAKE_SLEEPS", "none")
+    table = load_table("digits-regularizers")
+    (fake / "none").mkdir(parents=True)
+    run = sweep_runs.Run(table.cells["none"], 0, fake / "none" / "seed-0", 2)
+    free = []
+
+    def try_to_lock(runner: sweep_runs.Runner, ended: bool) -> None:
+        free.append(sweep_runs._lock(run.beside("lock")))
+        for going in runner.going:
+            going.lock.close()
+
+    runner = sweep_runs.Runner([run], [], 1, try_to_lock, lambda: len(free) == 2)
+    runner.run()
+    assert free == [None, None]
+
+
 def test_a_run_that_was_killed_is_named(fake, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEPS", "none")
     table = load_table("digits-regularizers")
