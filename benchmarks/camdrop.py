@@ -2,57 +2,37 @@
 
     python -m benchmarks.camdrop [--repeats N] [--batch-size N] [--img-size N]
 
-ResNet-50, CamDrop in groups 3 and 4 with its defaults, one thread, one process. A step
-is the forward, the loss, the backward and an SGD update. Between the plain and the full step stand
-two that stop CamDrop half-way: ``cams`` computes the maps J and leaves the activations alone;
-``candidates`` also ranks pixels and channels, draws the seeds and grows the blocks, and drops
-nothing. All take turns, and ratios are taken within a turn. Processor time does not count waiting
-for one's turn on a busy machine; what the machine's other processes do to the caches it does.
+ResNet-50, CamDrop in groups 3 and 4 with its defaults, one thread, one process. A step is the
+forward, the loss, the backward and an SGD update. The two kinds of steps take turns, and ratios are
+taken within a turn, so that what else the machine does meets both. The parts are timed inside of
+the CamDrop step: a share of the processor time of the same step, which other processes disturb much
+less than a difference of two steps. What the layers cost outside of themselves (memory, caches) is
+in the ratio only.
 """
 
 import argparse
 import os
 import platform
 import statistics
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import timm
 import torch
-from torch import Tensor
 
 import timm_structdrop  # noqa: F401  registers the models
 from benchmarks._timing import one_thread, paired_times, spread
-from timm_structdrop.layers import camdrop
+from timm_structdrop.layers import _few_maps, camdrop
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training import StructDropTask
 
 CLASSES = 1000
-STEPS = ("plain", "cams", "candidates", "camdrop")
-PARTS = {"cams": "class activation maps", "candidates": "seeds and blocks", "camdrop": "dropping"}
-
-
-def cams_only(x: Tensor, alpha: Tensor, *settings: Any) -> Tensor:
-    with torch.no_grad():
-        camdrop.guidance(x, alpha, "cam")
-    return x
-
-
-@contextmanager
-def stopped_at(kind: str) -> Iterator[None]:
-    """CamDrop's functions replaced by ones that do less."""
-    less = {
-        "cams": ("cam_drop_2d", cams_only),
-        "candidates": ("drop_in_maps", lambda x, *maps: x),
-    }
-    if kind not in less:
-        yield
-        return
-    with patch.object(camdrop, *less[kind]):
-        yield
+STEPS = ("plain", "camdrop")
+MAPS, SEEDS, DROPPING = "class activation maps", "ranking, seeds and blocks", "dropping"
 
 
 def make_step(kind: str, batch: int, size: int) -> Callable[[], None]:
@@ -67,34 +47,66 @@ def make_step(kind: str, batch: int, size: int) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with stopped_at(kind):
-            task(images, target)["loss"].backward()
+        task(images, target)["loss"].backward()
         optimizer.step()
 
     return step
+
+
+@contextmanager
+def timed_parts() -> Iterator[Counter[str]]:
+    """Processor seconds spent in CamDrop's functions, by name."""
+    seconds: Counter[str] = Counter()
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **settings: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **settings)
+            seconds[name] += time.process_time() - start
+            return result
+
+        return run
+
+    backward = staticmethod(timed("backward", _few_maps._ScaleAndDrop.backward))
+    with ExitStack() as stack:
+        for name in ("cam_drop_2d", "guidance", "drop_in_maps"):
+            function = timed(name, getattr(camdrop, name))
+            stack.enter_context(patch.object(camdrop, name, function))
+        stack.enter_context(patch.object(_few_maps._ScaleAndDrop, "backward", backward))
+        yield seconds
+
+
+def shares(step: Callable[[], None], repeats: int) -> dict[str, float]:
+    """The parts of CamDrop in its own step, medians of their shares of its processor time."""
+    found: dict[str, list[float]] = {MAPS: [], SEEDS: [], DROPPING: []}
+    for _ in range(repeats):
+        with timed_parts() as seconds:
+            start = time.process_time()
+            step()
+            whole = time.process_time() - start
+        inside = seconds["guidance"] + seconds["drop_in_maps"]
+        found[MAPS].append(seconds["guidance"] / whole)
+        found[SEEDS].append((seconds["cam_drop_2d"] - inside) / whole)
+        found[DROPPING].append((seconds["drop_in_maps"] + seconds["backward"]) / whole)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def run(repeats: int = 7, batch: int = 16, size: int = 128) -> dict[str, Any]:
     """Measure the steps.
 
     Args:
-        repeats: rounds in which they take turns.
+        repeats: rounds in which the steps take turns, and steps whose parts are timed.
         batch: images of a step.
         size: of the images, in pixels.
 
     Returns:
-        ``step_ms``, the medians; ``ratio`` and ``processor_ratio`` of the full to the plain step,
-        median and quartiles; and ``share``, what each part adds, in plain steps of processor time
-        (medians).
+        ``step_ms``, the medians; ``ratio`` and ``processor_ratio`` of the CamDrop step to the plain
+        one, median and quartiles; and ``shares``, see :func:`shares`.
     """
+    steps = {kind: make_step(kind, batch, size) for kind in STEPS}
     with one_thread():
-        times = paired_times({kind: make_step(kind, batch, size) for kind in STEPS}, repeats)
-    share = {}
-    for before, kind in pairwise(STEPS):
-        added = zip(
-            times[kind].processor, times[before].processor, times["plain"].processor, strict=True
-        )
-        share[kind] = statistics.median((b - a) / plain for b, a, plain in added)
+        times = paired_times(steps, repeats)
+        parts = shares(steps["camdrop"], repeats)
     return {
         "benchmark": "camdrop",
         "batch": batch,
@@ -103,7 +115,7 @@ def run(repeats: int = 7, batch: int = 16, size: int = 128) -> dict[str, Any]:
         "step_ms": {kind: statistics.median(times[kind].elapsed) for kind in STEPS},
         "ratio": spread(times["camdrop"].elapsed, times["plain"].elapsed),
         "processor_ratio": spread(times["camdrop"].processor, times["plain"].processor),
-        "share": share,
+        "shares": parts,
         "repeats": repeats,
     }
 
@@ -128,9 +140,10 @@ def main() -> None:
             f"{'elapsed' if name == 'ratio' else 'processor'} time, CamDrop / plain: "
             f"{ratio['median']:.3f} (quartiles {ratio['low']:.3f} to {ratio['high']:.3f})"
         )
-    print(f"plain step {found['step_ms']['plain']:.0f} ms; of it CamDrop adds")
-    for kind, share in found["share"].items():
-        print(f"  {PARTS[kind]:24s} {100 * share:5.1f} %")
+    print(f"plain step {found['step_ms']['plain']:.0f} ms; shares of the CamDrop step")
+    for name, share in found["shares"].items():
+        print(f"  {name:26s} {100 * share:5.2f} %")
+    print(f"  {'together':26s} {100 * sum(found['shares'].values()):5.2f} %")
 
 
 if __name__ == "__main__":

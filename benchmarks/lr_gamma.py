@@ -28,7 +28,7 @@ from timm_structdrop.training import Progress
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 15.0)
 GAMMAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-SETTINGS = ("dataset", "model", "epochs", "batch_size", "img_size", "block_size", "seed")
+SETTINGS = ("dataset", "model", "epochs", "batch_size", "img_size", "block_size", "guide", "seed")
 NOT_FINITE = "the loss must be finite"
 
 
@@ -46,6 +46,12 @@ def flags() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
     add("--img-size", type=int, default=16, metavar="N", help="image size (16)")
     add("--block-size", type=int, default=3, metavar="N", help="r of CamDrop (3)")
+    add(
+        "--guide",
+        default="cam",
+        choices=("cam", "avg"),
+        help="of CamDrop; avg knows no label (cam)",
+    )
     add("--seed", type=int, default=42, metavar="S", help="42 if not given")
     add("--output", metavar="PATH", help="without .csv; benchmarks/results/lr-gamma-DATASET")
     return parser
@@ -80,7 +86,7 @@ def train_cell(args: argparse.Namespace, rate: float, gamma: float) -> dict[str,
     """One training; its row of the file."""
     command = [
         "--model", f"{args.model}_camdrop", "--drop-block", str(round(1 - gamma, 6)),
-        "--model-kwargs", f"block_size={args.block_size}", "--drop-schedule", "constant",
+        "--model-kwargs", f"block_size={args.block_size}", f"guide={args.guide}", "--drop-schedule", "constant",
         "--dataset", args.dataset, "--num-classes", str(args.num_classes), "--in-chans", "1",
         "--img-size", str(args.img_size), "--batch-size", str(args.batch_size),
         "--epochs", str(args.epochs), "--val-interval", str(args.epochs),
@@ -130,7 +136,7 @@ def draw(args: argparse.Namespace, rows: list[dict[str, Any]], path: Path) -> No
     }
     if len(set(args.rates)) > 1 and len(set(args.gammas)) > 1:
         title = (
-            f"CamDrop (r = {args.block_size}) on {args.model}, {args.dataset} at {args.img_size} "
+            f"CamDrop (r = {args.block_size}, guide {args.guide}) on {args.model}, {args.dataset} at {args.img_size} "
             f"px: top-1 after {args.epochs} epochs of SGD, one run per cell"
         )
         save_png(draw_accuracy_surface(cells, title), path)
