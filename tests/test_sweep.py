@@ -218,6 +218,7 @@ def test_a_dry_run_writes_nothing(fake, capsys):
         ([*DIGITS, "--jobs", "-1"], "--jobs must be at least 1; got -1"),
         (["digits-regularizers", "--cells", "drpblock"], "got 'drpblock' (nearest: dropblock"),
         ([*DIGITS, "--", "--epoch", "1"], "unknown flag --epoch (nearest: --epochs"),
+        (["camdrop-table1", "--jobs", "2", "--", "--dataset-download"], "needs --jobs 1, as runs"),
         ([*DIGITS, "--", "--seed=3"], "the sweep itself sets --recipe, "),
     ],
 )

@@ -17,6 +17,7 @@ from timm_structdrop.training import write_whole
 __all__ = ["CellResult", "collect", "draw_results", "markdown", "write_numbers", "write_picture"]
 
 OURS, PAPER = "#0b6e4f", "#b2182b"
+LEGEND = ("seed", "mean", "mean ± std", "paper")
 WORDS = {
     "top1": "top-1 accuracy (%)",
     "top5": "top-5 accuracy (%)",
@@ -167,19 +168,22 @@ def draw_results(table: Table, results: Sequence[CellResult]) -> Any:
     axis.set_yticks(range(len(results)), [result.cell.row for result in results], fontsize=9)
     axis.set_ylim(len(results) - 0.4, -0.6)
     axis.margins(x=0.08)
+    left, right = axis.get_xlim()
+    axis.set_xlim(max(left, 0), min(right, 100))  # percent
     axis.grid(axis="x", color="#dddddd", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.set_xlabel(f"{WORDS.get(figure_name, f'{figure_name} (%)')}, {table.metric.words()}")
-    figure.suptitle(title(table), fontsize=11)
+    figure.text(0.5, 1 - 0.1 / height, title(table), fontsize=11, ha="center", va="top")
     handles, labels = axis.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+    found = dict(zip(labels, handles, strict=True))
+    marks = {label: found[label] for label in LEGEND if label in found}
     figure.legend(
-        unique.values(), unique.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9
+        marks.values(), marks.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9
     )
-    figure.tight_layout(rect=(0, 0.3 / height, 1, 1))
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1 - 0.3 / height))
     return figure
 
 

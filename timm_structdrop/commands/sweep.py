@@ -56,6 +56,11 @@ def run(args: argparse.Namespace) -> None:
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1; got {getattr(args, name)}")
+    if args.jobs > 1 and "--dataset-download" in args.train_flags:
+        raise UserError(
+            "--dataset-download needs --jobs 1, as runs would write the same files; "
+            f"got --jobs {args.jobs}"
+        )
     table = load_table(args.table)
     folder = Path(args.output or Path("output", "sweep", table.name))
     check_manifest(folder, table, args.train_flags)
