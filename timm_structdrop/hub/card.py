@@ -43,7 +43,8 @@ def make_card(
             it), `dataset_name` (in words), `split`, `n_eval`, `top1`, `top5` (percent),
             `selection` (how the checkpoint was chosen): of the evaluation. `hopkins`: mean Spatial
             Hopkins statistic by layer. `comparison`: rows of `model`, `top1`, `n` and, if known,
-            `params`. `label_names`, `sha256`, `base_model` (repository the training started from).
+            `params`. `label_names`, `sha256`, `base_model` (repository the training started from),
+            `rate_saved` (whether the drop rate comes back with the weights).
             `picture`: file name of the cluster maps, `clusters.png` unless it says otherwise; None
             for no picture.
 

@@ -247,10 +247,13 @@ def limits(
     ]
     if uses:
         rest = ", except that unstructured channels stay masked" if masks else ""
-        lines.append(
-            f"- The regularizer acts in training only{rest}. Drop rates are not saved with a "
-            "model, as always with timm: to train on, give `drop_block_rate`."
+        rate = (
+            "Its drop rate comes back with it; `timm_structdrop.set_drop_prob` sets another."
+            if facts.get("rate_saved")
+            else "Drop rates are not saved with a model, as always with timm: to train on, give "
+            "`drop_block_rate`."
         )
+        lines.append(f"- The regularizer acts in training only{rest}. {rate}")
     return "\n".join(lines)
 
 

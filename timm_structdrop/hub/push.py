@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps, save_png
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card import make_card
-from timm_structdrop.hub.export import export_model
+from timm_structdrop.hub.export import export_model, layer_settings
 from timm_structdrop.hub.failures import hub_errors, with_retries
 from timm_structdrop.hub.readme import updated_readme
 
@@ -80,7 +80,8 @@ def push_to_hub(
         labels = label_names if label_names is not None else (facts or {}).get("label_names")
         sha256 = export_model(model, folder, data_config=data_config, label_names=labels)
         picture = _draw_clusters(model, folder / PICTURE, images)
-        known = {"label_names": labels, **(facts or {}), "sha256": sha256, "picture": picture}
+        known = {"label_names": labels, **_rate(model), **(facts or {})}
+        known |= {"sha256": sha256, "picture": picture, "rate_saved": True}
         card = str(make_card(model, license=license, repo_id=repo_id, facts=known))
         with hub_errors("push to", repo_id):
             with_retries(lambda: _make_repository(api, repo_id, private))
@@ -106,6 +107,12 @@ def push_to_hub(
                 )
 
             return with_retries(commit)
+
+
+def _rate(model: nn.Module) -> dict[str, float]:
+    """The rate that all regularizers share, as a fact; nothing where they differ."""
+    rates = {settings["drop_prob"] for _, settings in layer_settings(model)}
+    return {"drop_prob": rates.pop()} if len(rates) == 1 else {}
 
 
 def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
