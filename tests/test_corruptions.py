@@ -227,10 +227,12 @@ def test_table_and_curves():
     assert lines[1].split() == ["without", "corruption", "95.00"]
     assert lines[2].split() == ["fog", "92.00", "90.00", "91.00"]
     assert lines[4].split() == ["mean", "87.00", "85.00", "86.00"]
-    figure = draw_corruption_curves({"one": some_rows(), "two": some_rows(2.0, ("fog",))})
+    three = some_rows(2.0, ("fog", "snow", "frost"))
+    figure = draw_corruption_curves({"one": three, "two": some_rows()})
     panels = {axis.get_title(): axis.get_lines() for axis in figure.axes if axis.get_title()}
-    assert list(panels) == ["fog", "snow", "mean over corruptions"]
-    assert [len(lines) for lines in panels.values()] == [2, 1, 1]
-    assert panels["fog"][1].get_xydata().tolist() == [[0, 95], [1, 84], [3, 80]]
-    means = panels["mean over corruptions"][0].get_xydata().tolist()
-    assert means == [[0, 95], [1, 87], [3, 85]]
+    assert list(panels) == ["fog", "snow", "frost", "mean over corruptions"]
+    assert [len(lines) for lines in panels.values()] == [2, 2, 1, 2]
+    assert panels["fog"][0].get_xydata().tolist() == [[0, 95], [1, 84], [3, 80]]
+    # over fog and snow, which both have
+    means = [line.get_xydata().tolist() for line in panels["mean over corruptions"]]
+    assert means == [[[0, 95], [1, 74], [3, 70]], [[0, 95], [1, 87], [3, 85]]]

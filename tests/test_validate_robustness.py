@@ -61,7 +61,8 @@ def test_corruptions(checkpoint, tmp_path, capsys):
     errors = [row["top1_err"] for row in rows[1:]]
     assert result["mean_corruption_error"] == pytest.approx(sum(errors) / 4, abs=1e-3)
     assert result["top1"] == plain["top1"]
-    assert picture.read_bytes()[:4] == b"\x89PNG"
+    for name in ("curves.png", "curves-top5.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
     again = result_of(capsys, *argv, "-b", 50, "--baseline-results", file, "--no-prefetcher")
     assert [row["top1"] for row in again["rows"]] == [row["top1"] for row in rows]
@@ -124,7 +125,7 @@ def test_drop_at_inference(checkpoint, tmp_path, capsys):
 def test_several_models_share_one_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "names").write_text("resnet8\nresnet20\n")
     monkeypatch.setattr(script, "make_model", lambda flags, _: make_model(30))
-    argv = ["-m", tmp_path / "names", *DIGITS, "--num-samples", 64, "--mean", 0.5, "--std", 0.25]
+    argv = ["-m", tmp_path / "names", *DIGITS, "--mean", 0.5, "--std", 0.25]
     flags = ["--in-chans", 1, "--img-size", 32, "--results-file", tmp_path / "r.csv"]
     study = ["--corruptions", "contrast", "--severities", "1"]
     results = result_of(capsys, *argv, *flags, *study)
@@ -166,7 +167,7 @@ def test_a_baseline_of_other_corruptions_and_a_missing_library(checkpoint, tmp_p
     text = "model,corruption,severity,top1_err\nm,none,0,5\nm,fog,1,9\n"
     (tmp_path / "b.csv").write_text(text)
     study = ["--corruptions", "contrast", "--baseline-results", tmp_path / "b.csv"]
-    line = line_of(*digits_argv(checkpoint, *study, "--severities", "1", "--num-samples", "32"))
+    line = line_of(*digits_argv(checkpoint, *study, "--severities", "1"))
     assert line.endswith("it has no contrast at severity 1")
     monkeypatch.setitem(sys.modules, "imagecorruptions.corruptions", None)
     line = line_of(*DIGITS, "--corruptions", "fog")

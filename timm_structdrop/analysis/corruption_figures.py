@@ -22,6 +22,8 @@ def draw_corruption_curves(
 ) -> Any:
     """One panel for each corruption and one for their mean, one curve for each model.
 
+    The mean is over the corruptions and severities that all models have, so that it compares them.
+
     Severity 0 is the accuracy without corruption.
 
     Args:
@@ -37,9 +39,15 @@ def draw_corruption_curves(
     """
     curves = {name: _curves(rows, metric) for name, rows in models.items()}
     panels = list(next(iter(curves.values())))
+    shared = [panel for panel in panels if all(panel in by_panel for by_panel in curves.values())]
+    if len(shared) > 1:
+        panels.append(MEAN)
+        severities = set.intersection(*(set(by[p]) for by in curves.values() for p in shared))
+        for by in curves.values():
+            by[MEAN] = {s: fmean(by[panel][s] for panel in shared) for s in severities}
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    width, height = 2.9 * columns + 0.6, 2.25 * rows + 1.15
+    width, height = max(2.9 * columns + 0.6, 5.4), 2.25 * rows + 1.15
     figure = new_figure(width, height)
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for index, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
@@ -59,7 +67,7 @@ def draw_corruption_curves(
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if index % columns == 0:
-            axis.set_ylabel(f"{metric.replace('top', 'top-')} accuracy, %")
+            axis.set_ylabel("accuracy, %")
         if index + columns >= len(panels):
             axis.set_xlabel("severity (0: none)")
             axis.tick_params(labelbottom=True)
@@ -75,7 +83,10 @@ def draw_corruption_curves(
         fontsize=9,
     )
     figure.suptitle(
-        "Accuracy under ImageNet-C's corruptions", fontsize=12, y=1 - 0.08 / height, va="top"
+        f"{metric.capitalize().replace('Top', 'Top-')} accuracy under ImageNet-C's corruptions",
+        fontsize=12,
+        y=1 - 0.08 / height,
+        va="top",
     )
     figure.subplots_adjust(
         left=0.7 / width,
@@ -89,7 +100,7 @@ def draw_corruption_curves(
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[int, float]]:
-    """By corruption, accuracy by severity; last the mean over the corruptions."""
+    """By corruption, accuracy by severity."""
     by_name: dict[str, dict[int, float]] = {}
     clean = 0.0
     for row in rows:
@@ -100,7 +111,4 @@ def _curves(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[in
             by_name.setdefault(name, {})[severity] = value
     for values in by_name.values():
         values[0] = clean
-    if len(by_name) > 1:
-        severities = set.intersection(*(set(values) for values in by_name.values()))
-        by_name[MEAN] = {s: fmean(values[s] for values in by_name.values()) for s in severities}
     return by_name

@@ -102,8 +102,10 @@ def _corruptions(subject: Subject) -> dict[str, Any]:
         curves = {flags.model: rows}
         if baseline:
             curves[_other_name(flags.model, baseline[0])] = baseline
-        save_png(draw_corruption_curves(curves), Path(flags.plot))
-        _logger.info(f"Curves are in {flags.plot}")
+        path = Path(flags.plot)
+        for metric, name in (("top1", path.name), ("top5", f"{path.stem}-top5{path.suffix}")):
+            save_png(draw_corruption_curves(curves, metric), path.with_name(name))
+            _logger.info(f"Curves of {metric} are in {path.with_name(name)}")
     return result
 
 

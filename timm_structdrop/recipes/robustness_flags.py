@@ -47,7 +47,7 @@ def add_robustness_flags(parser: argparse.ArgumentParser) -> None:
         help="of the corruptions, as 1-5 or 1,3,5; 1-5 if not given",
     )
     add("--baseline-results", metavar="FILE", help="--results-file of a model to compare with")
-    add("--plot", metavar="FILE", help="PNG of accuracy against severity")
+    add("--plot", metavar="FILE", help="PNG of top-1 against severity; FILE-top5 too")
     add("--attack", choices=("pgd",), help="adversarial attack in the maximum norm")
     add("--eps", type=_pixels, metavar="E", help="its radius; pixels are 0 to 1 (5/255)")
     add("--steps", type=int, metavar="N", help="its gradient steps (2)")
