@@ -27,6 +27,7 @@ OWN_SETTINGS: dict[str, Any] = {
     "drop_block": None,
     "pretrained": False,
 }
+PRETRAINED = "pretrained"
 
 
 def add_cam_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,8 @@ def add_cam_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("MODEL", "CHECKPOINT"),
-        help="another model on the same images, with its weights; may be repeated",
+        help="another model on the same images, with weights as of --checkpoint, or 'pretrained'; "
+        "may be repeated",
     )
     add(
         "--cam-layer",
@@ -76,6 +78,8 @@ def inspect_cams(args: argparse.Namespace, subject: Subject, files: Files) -> No
 def _other(args: argparse.Namespace, model: str, checkpoint: str) -> Subject:
     """The subject of ``--compare``: the flags about images are shared, those of a model are not."""
     own = {**OWN_SETTINGS, "model": model, "checkpoint": checkpoint}
+    if checkpoint == PRETRAINED:
+        own |= {"checkpoint": "", "pretrained": True}
     return load_subject(argparse.Namespace(**{**vars(args), **own}))
 
 
