@@ -20,7 +20,7 @@ COLUMNS = ("stage", "cell", "fraction", "seed", "rate", *FIGURES)
 FRACTIONS = (0.2, 0.1, 0.05)
 TUNED_AT = 0.1
 SEEDS = range(10)
-TUNING_SEEDS = range(100, 105)
+TUNING_SEEDS = range(100, 103)
 
 
 class Run(NamedTuple):
