@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -77,6 +77,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     after: bool = False
     seconds: float = 0.0
+    meanwhile: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -369,6 +370,7 @@ class _Handler(BaseHTTPRequestHandler):
         faults = list(self.hub.due(call, named.get("repo", ""), path))
         for fault in faults:
             time.sleep(fault.seconds)
+            fault.meanwhile()
             if fault.status and not fault.after:
                 refusal = Refusal(fault.status, f"injected {fault.status}")
                 return self.refuse(refusal, fault.headers)

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import shutil
-import threading
 
 import pytest
 import timm
@@ -120,13 +119,9 @@ def test_config_and_weights_are_of_one_commit(hub, client, tmp_path):
     first = repo.sha("main")
     other = files_of(lenet(seed=7), tmp_path / "other")
     repo.branches["v1"] = first
-    # a push between the two downloads
-    hub.fault("get", seconds=0.5, repo="alice/moving", path="config.json")
-    pieces = [("result = load_verified('alice/moving').conv1.weight.sum().item()", {})]
-    timer = threading.Timer(0.2, lambda: repo.commit("main", other, "in between"))
-    timer.start()
-    old = client.run_all(pieces)[0].value
-    timer.join()
+    between = {"repo": "alice/moving", "path": "config.json"}
+    hub.fault("get", **between, meanwhile=lambda: repo.commit("main", other, "in between"))
+    old = client.run("result = load_verified('alice/moving').conv1.weight.sum().item()")
     weight = load_tensors(hub.files["registered"]["model.safetensors"])["conv1.weight"]
     assert old == weight.sum().item()
     new, tag, sha = client.run(
