@@ -3,6 +3,7 @@
 from timm_structdrop.evaluation.accuracy import evaluate
 from timm_structdrop.evaluation.attack import Attack, evaluate_attack, pgd, random_targets
 from timm_structdrop.evaluation.corruption_error import (
+    check_baseline,
     corruption_errors,
     corruption_table,
     read_corruption_rows,
@@ -33,6 +34,7 @@ __all__ = [
     "CorruptedDataset",
     "InferenceDrop",
     "accuracy_row",
+    "check_baseline",
     "corrupt",
     "corruption_errors",
     "corruption_table",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from timm_structdrop.errors import UserError, one_line
 
-__all__ = ["corruption_errors", "corruption_table", "read_corruption_rows"]
+__all__ = ["check_baseline", "corruption_errors", "corruption_table", "read_corruption_rows"]
 
 Row = Mapping[str, Any]
 
@@ -46,12 +46,7 @@ def corruption_errors(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> dict
     if not baseline:
         return found
     other = _errors(baseline)
-    for name, severity in errors:
-        if (name, severity) not in other:
-            raise UserError(
-                "the baseline must have the corruptions and severities of this evaluation; "
-                f"it has no {name} at severity {severity}"
-            )
+    check_baseline(baseline, errors)
     other_by_name = {name: fmean(other[name, s] for s in severities) for name in names}
     for name, error in other_by_name.items():
         if error <= 0:
@@ -63,6 +58,17 @@ def corruption_errors(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> dict
     if all(rise > 0 for _, rise in rises):
         found["relative_mce"] = round(100 * fmean(own / rise for own, rise in rises), 4)
     return found
+
+
+def check_baseline(baseline: Sequence[Row], wanted: Iterable[tuple[str, int]]) -> None:
+    """Raise UserError unless the baseline has a row for each wanted (corruption, severity)."""
+    have = _errors(baseline)
+    for name, severity in wanted:
+        if (name, severity) not in have:
+            raise UserError(
+                "the baseline must have the corruptions and severities of this evaluation; "
+                f"it has no {name} at severity {severity}"
+            )
 
 
 def _errors(rows: Sequence[Row]) -> dict[tuple[str, int], float]:

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from timm_structdrop.analysis.hopkins_figures import new_figure
 from timm_structdrop.errors import UserError
 from timm_structdrop.evaluation import (
+    SEVERITIES,
     Attack,
     InferenceDrop,
+    check_baseline,
     load_corruptions,
     parse_corruptions,
     parse_severities,
@@ -104,7 +106,9 @@ def check_robustness_flags(flags: argparse.Namespace) -> None:
     if flags.corruptions:
         load_corruptions()
         if flags.baseline_results:
-            read_corruption_rows(flags.baseline_results)
+            severities = flags.severities or SEVERITIES
+            wanted = [(name, s) for name in flags.corruptions for s in severities]
+            check_baseline(read_corruption_rows(flags.baseline_results), wanted)
         if flags.plot:
             _check_picture(Path(flags.plot))
     if flags.attack:
