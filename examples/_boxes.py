@@ -53,7 +53,7 @@ class PastedObjects(Dataset):
         labels = []
         for _ in range(draw.integers(1, 4)):
             label = int(draw.integers(len(CLASSES)))
-            side = int(draw.integers(self.size // 5, self.size // 2))
+            side = int(draw.integers(self.size // 4, self.size // 2))
             x, y = (int(v) for v in draw.integers(0, self.size - side, 2))
             box = (x, y, x + side, y + side)
             if any(_touch(box, other) for other in boxes):

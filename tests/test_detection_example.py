@@ -31,7 +31,7 @@ def test_objects_are_where_the_boxes_say():
         boxes = target["boxes"]
         assert len(boxes) == len(target["labels"]) >= 1
         assert (boxes >= 0).all()
-        assert (boxes[:, 2:] - boxes[:, :2]).min() >= 96 // 5
+        assert (boxes[:, 2:] - boxes[:, :2]).min() >= 96 // 4
         assert boxes.max() <= 96
         labels += target["labels"].tolist()
     assert set(labels) == set(range(len(CLASSES)))
@@ -97,6 +97,8 @@ def test_average_precision_by_hand():
     assert scores["recall"] == pytest.approx(100 * 2 / 3)
     assert average_precision(found, truth, 2, 0.3)["recall"] == pytest.approx(100 * 2 / 3)
     assert average_precision(found, truth, 2, 0.2)["recall"] == 100
+    # of the two objects found, one by a box of score 0.2
+    assert detection.score(found, truth, 2, False)["recall50"] == pytest.approx(100 / 3, abs=0.01)
     nothing = [boxes(), boxes()]
     assert average_precision(nothing, truth, 2) == {"ap": 0, "recall": 0, "objects": 3}
 
@@ -135,25 +137,25 @@ def test_the_pyramid_is_what_torchvision_expects():
         retinanet("resnet1", 3, img_size=64)
 
 
-def test_it_learns_and_drops(tmp_path, capsys):
+def test_it_learns_and_drops(tmp_path, capsys, monkeypatch):
     """A few updates: the loss falls, and DropBlock drops as much as its schedule says."""
     torch.manual_seed(0)
     size = ["--img-size", "64", "--channels", "16", "--batch-size", "4"]
-    argv = ["--steps", "30", "--workers", "0", "--device", "cpu", "--keep-prob", "0.8"]
-    detection.VALIDATION_IMAGES = 8
+    argv = ["--steps", "20", "--workers", "0", "--device", "cpu", "--keep-prob", "0.8"]
+    monkeypatch.setattr(detection, "VALIDATION_IMAGES", 8)
     detection.main([*size, *argv, "--lr", "0.003", "--output", str(tmp_path)])
     figures = json.loads((tmp_path / "detection.json").read_text())
     losses = figures["loss"]
-    assert len(losses) == 30
+    assert len(losses) == 20
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     dropped = figures["dropped"]
     last = [value for name, value in dropped.items() if "layer4" in name]
     before = [value for name, value in dropped.items() if "layer3" in name]
     assert len(last) == len(before) == 6
-    # the last three of 30 updates: the rate is at 28/30 of 0.2 in group 4, a quarter of it before
-    assert np.mean(last) == pytest.approx(0.2 * 28 / 30, abs=0.05)
+    # the last two of 20 updates: the rate is at 18.5/20 of 0.2 in group 4, a quarter of it before
+    assert np.mean(last) == pytest.approx(0.2 * 18.5 / 20, abs=0.05)
     assert np.mean(before) == pytest.approx(0.2 / 4, abs=0.03)
-    assert figures["objects"] > 8
+    assert figures["objects"] >= 8
     assert (tmp_path / "detection.png").read_bytes()[:4] == b"\x89PNG"
     assert "Dropped" in capsys.readouterr().out
 
