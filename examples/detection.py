@@ -154,10 +154,11 @@ def train(
 
     model.train()
     batches = training_batches(data, flags, device)
-    for _ in range(flags.steps - flags.steps // 10):
+    measured = max(1, flags.steps // 10)
+    for _ in range(flags.steps - measured):
         update(*next(batches))
     with measured_drops(model) as dropped:
-        for _ in range(flags.steps // 10):
+        for _ in range(measured):
             update(*next(batches))
     progress.close()
     return losses, dropped
