@@ -7,6 +7,7 @@ Names and defaults are timm's where timm has them. Switches that timm can only t
 from __future__ import annotations
 
 import argparse
+import os
 
 from timm.utils import ParseKwargs
 
@@ -52,9 +53,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "-j",
         "--workers",
         type=at_least(0),
-        default=4,
+        default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="processes that read images",
+        help="processes that read images; timm's 4, or as many as there are cores",
     )
     add("--pin-mem", action=SWITCH, default=False, help="pin memory for the way to the GPU")
     add("--no-prefetcher", action="store_true", help="normalise on the CPU, without prefetching")
