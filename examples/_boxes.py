@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from timm_structdrop.errors import UserError
 
 CLASSES = ("disc", "square", "triangle")
+COLOURS = ((200, 60, 60), (60, 60, 200), (60, 200, 60))  # of each class, about
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 # The left part of each photograph is trained on, the right part evaluated on.
@@ -25,12 +26,12 @@ TRAIN_COLUMNS, VALIDATION_COLUMNS = slice(0, 384), slice(400, 640)
 
 
 class PastedObjects(Dataset):
-    """One to three textured discs, squares and triangles on parts of real photographs.
+    """Reddish discs, bluish squares and greenish triangles, textured, on parts of real photographs.
 
     The photographs are scikit-learn's two sample images. Sample i is a pure function of (seed, i):
-    an image (3, S, S) in [0, 1], and its target: ``boxes`` (N, 4) as x1, y1, x2, y2 in pixels and
-    ``labels`` (N,), indices of ``CLASSES``. Nothing of the training photographs is in those of
-    validation.
+    an image (3, S, S) in [0, 1] with one to three objects, and its target: ``boxes`` (N, 4) as x1,
+    y1, x2, y2 in pixels and ``labels`` (N,), indices of ``CLASSES``. Training and validation take
+    different parts of the photographs.
     """
 
     classes = CLASSES
@@ -59,9 +60,10 @@ class PastedObjects(Dataset):
             if any(_touch(box, other) for other in boxes):
                 continue
             mask, pattern = _shape(CLASSES[label], side, draw)
-            colour = draw.uniform(0, 255, 3)
+            colour = COLOURS[label] + draw.uniform(-55, 55, 3)
+            other = draw.uniform(0, 255, 3)
             texture = self._crop(draw, side)[..., draw.permutation(3)]
-            inside = 0.5 * texture + 0.5 * (colour * pattern + (255 - colour) * (1 - pattern))
+            inside = 0.3 * texture + 0.7 * (colour * pattern + other * (1 - pattern))
             part = image[y : y + side, x : x + side]
             part[mask] = inside[mask]
             boxes.append(box)
