@@ -28,7 +28,7 @@ from timm.models import safe_model_name
 from timm.utils import NativeScaler, init_distributed_device
 from torch import nn
 
-from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.errors import UserError, dead_worker, one_line, run_command
 from timm_structdrop.hub import RunPushes
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.build import (
@@ -284,17 +284,46 @@ def compile_and_wrap(flags: argparse.Namespace, loop: Loop, process: Process) ->
 
 def run_to_the_end(loop: Loop, start: Position) -> list[dict[str, Any]]:
     try:
-        return fit(loop, start)
+        results = fit(loop, start)
     except (TrainingStopped, KeyboardInterrupt) as stop:
         if loop.saver is not None:
-            command = shlex.join(["python", "train.py", "--resume", str(loop.saver.folder)])
-            print(f"\nstopped; go on with: {command}", file=sys.stderr)
+            print(f"\nstopped; {how_to_go_on(loop)}", file=sys.stderr)
+        leave_processes(loop)
         if isinstance(stop, TrainingStopped):
             sys.exit(143)
         raise
-    finally:
-        if loop.settings.world_size > 1:
-            torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if dead_worker(error) is None and not is_lost_process(error, loop):
+            raise
+        lost = f"process {loop.settings.rank} of the run has lost another one, which is why it ends"
+        cause = dead_worker(error) or f"{lost} ({one_line(error)})"
+        raise UserError(f"{cause}; {how_to_go_on(loop)}") from error
+    leave_processes(loop)
+    return results
+
+
+def how_to_go_on(loop: Loop) -> str:
+    """What to type after the end of a run before its end."""
+    if loop.saver is None:
+        return "go on with --resume"
+    folder = loop.saver.folder
+    try:
+        find_resume(folder)
+    except UserError:
+        return f"nothing is saved yet in {folder}: start again"
+    return f"go on with: {shlex.join(['python', 'train.py', '--resume', str(folder)])}"
+
+
+def is_lost_process(error: RuntimeError, loop: Loop) -> bool:
+    """Whether another process of a distributed run is gone; gloo has no class for it."""
+    if loop.settings.world_size == 1:
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def leave_processes(loop: Loop) -> None:
+    if loop.settings.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def report(flags: argparse.Namespace, loop: Loop, results: list[dict[str, Any]]) -> None:

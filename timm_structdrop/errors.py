@@ -12,6 +12,11 @@ _USER_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
 )
 _USER_OS_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+# what torch's DataLoader raises, without a class of its own, wherever the main process is just then
+_DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) "
+    r"(?:is (killed by signal: \w[\w ]*)|exited unexpectedly(?: with (exit code \d+))?)"
+)
 
 
 class UserError(ValueError):
@@ -44,8 +49,23 @@ def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:
     return f" (nearest: {', '.join(by_lower[match] for match in close)})" if close else ""
 
 
+def dead_worker(error: BaseException) -> str | None:
+    """One clause if the error is that a DataLoader's worker process died, else None."""
+    died = _DEAD_WORKER.match(str(error)) if isinstance(error, RuntimeError) else None
+    if died is None:
+        return None
+    how = died[1] or died[2]
+    return (
+        f"a worker process that reads images died{f' ({how})' if how else ''}; where memory is "
+        "short, fewer --workers may help"
+    )
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line; operating system errors name the file they are about."""
+    dead = dead_worker(error)
+    if dead is not None:
+        return dead
     if isinstance(error, OSError) and error.strerror:
         files = [str(file) for file in (error.filename, error.filename2) if file is not None]
         message = ": ".join([error.strerror, " -> ".join(files)] if files else [error.strerror])
@@ -55,10 +75,11 @@ def one_line(error: BaseException) -> str:
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether the error is the user's to mend: a `UserError`, a file missing, a full disk, ..."""
+    """Whether the error is the user's to mend: a `UserError`, a file missing, a full disk, a worker
+    process that was killed, ..."""
     if isinstance(error, OSError):
         return isinstance(error, _USER_OS_ERRORS) or error.errno in _USER_ERRNOS
-    return isinstance(error, UserError)
+    return isinstance(error, UserError) or dead_worker(error) is not None
 
 
 def run_command(main: Callable[[], object]) -> None:

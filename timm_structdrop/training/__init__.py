@@ -2,10 +2,11 @@
 
 from timm_structdrop.training.checkpoint import Position, RunSaver, RunState, find_resume, resume
 from timm_structdrop.training.choice import make_task
-from timm_structdrop.training.epoch import Loop, LoopSettings, learning_rate, train_one_epoch
+from timm_structdrop.training.epoch import learning_rate, train_one_epoch
 from timm_structdrop.training.files import SummaryFile, write_whole
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.loop import fit
+from timm_structdrop.training.parts import Loop, LoopSettings
 from timm_structdrop.training.progress import Progress
 from timm_structdrop.training.rblock import RBlockTask, has_fork
 from timm_structdrop.training.refit import ClusterRefits

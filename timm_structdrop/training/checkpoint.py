@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
+from torch import nn
 from torch.optim import Optimizer
 
 from timm_structdrop.errors import UserError
@@ -127,7 +129,8 @@ class RunSaver(CheckpointSaver):
             The best metric so far and its epoch.
 
         Raises:
-            UserError: the files cannot be written; those of before are intact.
+            UserError: the files cannot be written, or weights are not finite; those of before are
+                intact.
         """
         path, fresh = self._path(f"checkpoint-{epoch}"), self._path("fresh")
         files = self._ranked(str(path), metric)
@@ -166,7 +169,8 @@ class RunSaver(CheckpointSaver):
         recovery checkpoint of before.
 
         Raises:
-            UserError: the file cannot be written; the one of before is intact.
+            UserError: the file cannot be written, or weights are not finite; the one of before is
+                intact.
         """
         before = _recoveries(self.folder)
         path = self._path(f"recovery-{epoch}-{batch_idx}")
@@ -193,6 +197,7 @@ class RunSaver(CheckpointSaver):
             self.best_metric = self.best_epoch = None
 
     def _write(self, path: Path, position: Position, metric: float | None = None) -> None:
+        _check_finite(self.run.task.get_trainable_module(), position)
         content = self.run.state(position)
         if metric is not None:
             content["metric"] = metric
@@ -213,6 +218,21 @@ class RunSaver(CheckpointSaver):
 
     def _path(self, stem: str) -> Path:
         return self.folder / f"{stem}{EXTENSION}"
+
+
+def _check_finite(model: nn.Module, position: Position) -> None:
+    """A run cannot be continued from weights that are not finite; the loss tells of them only at
+    the next step."""
+    named = [(name, weight.detach()) for name, weight in model.named_parameters()]
+    finite = torch.stack([weight.isfinite().all() for _, weight in named]).tolist()
+    if not all(finite):
+        where = f"epoch {position.epoch}, step {position.batch - 1}"
+        if not position.batch:
+            where = f"the last step of epoch {position.epoch - 1}"
+        raise UserError(
+            f"weights must be finite to be saved; {named[finite.index(False)][0]} is not after "
+            f"{where} (a lower learning rate, --clip-grad or no --amp may help)"
+        )
 
 
 def _recoveries(folder: Path) -> list[Path]:

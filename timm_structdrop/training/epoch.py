@@ -3,107 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from timm.utils import dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_structdrop.errors import UserError
-from timm_structdrop.training.checkpoint import Position, RunSaver, RunState
-from timm_structdrop.training.files import SummaryFile
-from timm_structdrop.training.interrupt import StopRequest, TrainingStopped
+from timm_structdrop.errors import UserError, dead_worker
+from timm_structdrop.training.checkpoint import Position
+from timm_structdrop.training.interrupt import TrainingStopped
+from timm_structdrop.training.parts import Loop
 from timm_structdrop.training.progress import Progress
 from timm_structdrop.training.seeding import seed_everything, set_loader_epoch
 
-__all__ = ["Loop", "LoopSettings", "learning_rate", "train_one_epoch"]
-
-Evaluate = Callable[[nn.Module, str], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What `fit` needs to know; the names are those of the flags of train.py.
-
-    Attributes:
-        epochs: epochs of the whole run, at least 1.
-        seed: all randomness of the training is a function of it, at least 0.
-        grad_accum_steps: batches per optimizer update.
-        clip_grad: bound for ``clip_mode`` ("norm", "value" or "agc"); None to not clip.
-        amp_dtype: autocast to it; None for none.
-        channels_last: memory format of the images.
-        mixup_off_epoch: no mixup or cutmix from this epoch on; 0 for always.
-        val_interval: epochs between evaluations; the last epoch is always evaluated.
-        eval_metric: "top1", "top5" or "loss", what the best checkpoint is best at.
-        log_interval: steps between progress lines where there is no terminal.
-        recovery_interval: updates between recovery checkpoints; 0 for none.
-        dist_bn: "reduce", "broadcast" or "", how processes agree on batch norm statistics.
-        synchronize_step: wait for the GPU after each update.
-        rank: this process.
-        world_size: number of processes.
-    """
-
-    epochs: int
-    seed: int = 42
-    grad_accum_steps: int = 1
-    clip_grad: float | None = None
-    clip_mode: str = "norm"
-    amp_dtype: torch.dtype | None = None
-    channels_last: bool = False
-    mixup_off_epoch: int = 0
-    val_interval: int = 1
-    eval_metric: str = "top1"
-    log_interval: int = 50
-    recovery_interval: int = 0
-    dist_bn: str = "reduce"
-    synchronize_step: bool = False
-    rank: int = 0
-    world_size: int = 1
-
-
-@dataclass
-class Loop:
-    """The objects that `fit` works with.
-
-    Attributes:
-        run: model, optimizer and what else is saved in checkpoints.
-        loader: batches of images (B, C, H, W) and targets, map-style data for exact resuming.
-        device: where the model is.
-        settings: see `LoopSettings`.
-        mixup: timm's ``Mixup`` where the loader does not do it, or None.
-        evaluate: (model, title) to at least ``loss`` and the eval metric; None for no evaluation.
-        saver: writes checkpoints; None for none, as on every process but the first.
-        summary: gets a row for each epoch; None for none.
-        after_epoch: called with each epoch's number when all of it is saved; None for nothing.
-    """
-
-    run: RunState
-    loader: Any
-    device: torch.device
-    settings: LoopSettings
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    evaluate: Evaluate | None = None
-    saver: RunSaver | None = None
-    summary: SummaryFile | None = None
-    after_epoch: Callable[[int], None] | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return math.ceil(len(self.loader) / self.settings.grad_accum_steps)
-
-    def updates_before(self, position: Position) -> int:
-        """Optimizer updates of the run before ``position``."""
-        in_epoch = math.ceil(position.batch / self.settings.grad_accum_steps)
-        return position.epoch * self.updates_per_epoch + in_epoch
-
-    @property
-    def is_primary(self) -> bool:
-        return self.settings.rank == 0
+__all__ = ["learning_rate", "train_one_epoch"]
 
 
 def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
@@ -125,7 +41,8 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
         f"Train {epoch + 1}/{settings.epochs}", n_batches, settings.log_interval,
         position.batch, enabled=loop.is_primary,
     )  # fmt: skip
-    for batch, (images, target) in enumerate(loop.loader):
+    done = position.batch
+    for batch, (images, target) in _batches(loop):
         if batch < position.batch:
             continue
         update = epoch * loop.updates_per_epoch + batch // accumulate
@@ -136,11 +53,9 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
         of_update = min(accumulate, n_batches - first_of_update)
         need_update = batch + 1 == first_of_update + of_update
         figures = _step(loop, images, target, of_update, need_update)
-        if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"the loss must be finite; got {figures['loss']} in epoch {epoch}, step {batch} "
-                "(a lower learning rate, --clip-grad or no --amp may help)"
-            )
+        (not_finite,) = loop.anywhere(not math.isfinite(figures["loss"]))
+        if not_finite:
+            _refuse_loss(figures["loss"], epoch, batch)
         for name, value in {**figures, "images": 1.0}.items():
             sums[name] = sums.get(name, 0.0) + value * len(target)
         progress.update(
@@ -148,10 +63,32 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
         )
         if need_update:
             _after_update(loop, Position(epoch, batch + 1, update + 1, sums))
+        done = batch + 1
+    if done < n_batches and loop.stop.requested:
+        update = epoch * loop.updates_per_epoch + done // accumulate
+        _stop_between_updates(loop, Position(epoch, done, update, sums))
     progress.close()
     if settings.world_size > 1:
         sums = _sum_over_processes(sums, loop.device)
     return _means(sums)
+
+
+def _batches(loop: Loop) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """The batches of an epoch, counted; they end early where the workers that read them were told
+    to end together with this process."""
+    try:
+        yield from enumerate(loop.loader)
+    except RuntimeError as error:
+        if not loop.stop.requested or dead_worker(error) is None:
+            raise
+
+
+def _refuse_loss(loss: float, epoch: int, batch: int) -> NoReturn:
+    got = "another one in another process" if math.isfinite(loss) else loss
+    raise UserError(
+        f"the loss must be finite; got {got} in epoch {epoch}, step {batch} "
+        "(a lower learning rate, --clip-grad or no --amp may help)"
+    )
 
 
 def _step(
@@ -209,7 +146,7 @@ def _backward(loop: Loop, loss: Tensor, need_update: bool) -> None:
 
 
 def _after_update(loop: Loop, position: Position) -> None:
-    """What follows an optimizer update: averages, learning rate, recovery checkpoint."""
+    """What follows an optimizer update: averages, learning rate, recovery checkpoint, the end."""
     settings, run = loop.settings, loop.run
     run.optimizer.zero_grad()
     run.task.update_ema(step=position.update)
@@ -217,11 +154,25 @@ def _after_update(loop: Loop, position: Position) -> None:
         torch.cuda.synchronize()
     if run.scheduler is not None:
         run.scheduler.step_update(position.update)
+    (stop,) = loop.anywhere(loop.stop.requested)
     every = settings.recovery_interval
-    if loop.saver is not None and (loop.stop.requested or (every and position.update % every == 0)):
-        loop.saver.save_recovery(position.epoch, position.batch, position.update, position.sums)
-    if loop.stop.requested:
+    if stop or (every and position.update % every == 0):
+        _save_recovery(loop, position)
+    if stop:
         raise TrainingStopped
+
+
+def _save_recovery(loop: Loop, position: Position) -> None:
+    if loop.saver is not None:
+        loop.saver.save_recovery(position.epoch, position.batch, position.update, position.sums)
+
+
+def _stop_between_updates(loop: Loop, position: Position) -> NoReturn:
+    """End a run that waits for workers which have ended already; between the batches of an update
+    there is nothing that could be saved."""
+    if position.batch % loop.settings.grad_accum_steps == 0:
+        _save_recovery(loop, position)
+    raise TrainingStopped
 
 
 def _switch_mixup(loop: Loop, epoch: int) -> None:

@@ -16,6 +16,10 @@ class TrainingStopped(Exception):
 class StopRequest:
     """Within its ``with`` block SIGTERM does not kill the process but sets ``requested``.
 
+    What ends a run often tells all of its processes at once, and a DataLoader's workers die of it.
+    Torch would raise that in the middle of the update (SIGCHLD), so from the request on it no
+    longer hears of it, and finds out when it waits for a batch of theirs.
+
     Outside the main thread, where Python cannot take signals, it does nothing.
     """
 
@@ -40,3 +44,4 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -10,8 +10,9 @@ from timm.utils import distribute_bn
 
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training.checkpoint import Position
-from timm_structdrop.training.epoch import Loop, learning_rate, train_one_epoch
+from timm_structdrop.training.epoch import learning_rate, train_one_epoch
 from timm_structdrop.training.interrupt import TrainingStopped
+from timm_structdrop.training.parts import Loop
 from timm_structdrop.training.schedule import live_drop_prob
 
 __all__ = ["fit"]
@@ -38,7 +39,9 @@ def fit(loop: Loop, start: Position | None = None) -> list[dict[str, Any]]:
             if loop.after_epoch is not None:
                 loop.after_epoch(position.epoch)
             position = Position(position.epoch + 1)
-            if loop.stop.requested and position.epoch < loop.settings.epochs:
+            (stop,) = loop.anywhere(loop.stop.requested)
+            saved = position.epoch % loop.settings.val_interval == 0
+            if stop and saved and position.epoch < loop.settings.epochs:
                 raise TrainingStopped
     return results
 
@@ -51,7 +54,7 @@ def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
         _distribute_bn(loop)
     _log_refits(loop, epoch)
     last = epoch + 1 == settings.epochs
-    due = last or loop.stop.requested or (epoch + 1) % settings.val_interval == 0
+    due = last or (epoch + 1) % settings.val_interval == 0
     validation = _evaluate(loop) if due else None
     metric = train["loss"] if validation is None else validation[settings.eval_metric]
     if loop.summary is not None:
