@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis.maps import Place
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import cam_drop_2d
+from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.training.targets import classifier_weight, target_weights
 
 __all__ = ["CLAIMS", "MASKS", "GradientBound", "gradient_bound"]
@@ -149,7 +150,7 @@ def gradient_bound(
     images, target = images.to(weight.device, weight.dtype), target.to(weight.device)
     alpha = target_weights(classifier_weight(model), target, len(images))
     found: dict[str, list[tuple[Tensor, Tensor, float]]] = {mask: [] for mask in MASKS}
-    with torch.random.fork_rng(devices=_devices(weight)), _in_eval_mode(model):
+    with torch.random.fork_rng(devices=_devices(weight)), eval_mode(model):
         torch.manual_seed(seed)
         for draw in range(draws):
             kept: dict[str, Tensor] = {}
@@ -260,17 +261,6 @@ def _factors(x: Tensor, alpha: Tensor, rate: float, block_size: int) -> Tensor:
         x = x.detach().requires_grad_()
         dropped = cam_drop_2d(x, alpha, rate, block_size)
         return torch.autograd.grad(dropped.sum(), x)[0]
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _devices(weight: Tensor) -> list[torch.device]:

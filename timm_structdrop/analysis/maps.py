@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import DropCluster2d, StructDropLayer
+from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.models.slots import find_slots
 
 __all__ = [
@@ -181,17 +182,14 @@ def watch_maps(
         else:
             handles.append(place.module.register_forward_hook(partial(watch, place)))
     weight = next(model.parameters())
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        for batch in images.split(batch_size):
-            seen.clear()
-            model(batch.to(device=weight.device, dtype=weight.dtype))
+        with eval_mode(model):
+            for batch in images.split(batch_size):
+                seen.clear()
+                model(batch.to(device=weight.device, dtype=weight.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
 
 
 def collect_maps(model: nn.Module, place: Place, images: Tensor, batch_size: int = 64) -> Tensor:

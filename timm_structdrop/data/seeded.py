@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
+from timm_structdrop.data.wrapper import DatasetWrapper
 from timm_structdrop.errors import UserError
 
 
@@ -23,7 +24,7 @@ def seed_sample(seed: int, epoch: int, rank: int, index: int) -> None:
     torch.default_generator.manual_seed(int(words[2]))
 
 
-class SeededDataset(Dataset):
+class SeededDataset(DatasetWrapper):
     """A map-style dataset whose sample i is a pure function of (seed, epoch, rank, i).
 
     It is the same with any number of workers, persistent or not, in any order of access: the
@@ -38,7 +39,7 @@ class SeededDataset(Dataset):
         for name, value in (("seed", seed), ("rank", rank)):
             if value < 0:
                 raise UserError(f"{name} must be at least 0; got {value}")
-        self.dataset = dataset
+        super().__init__(dataset)
         self.seed = seed
         self.rank = rank
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -52,18 +53,6 @@ class SeededDataset(Dataset):
     @property
     def epoch(self) -> int:
         return int(self._epoch)
-
-    @property
-    def transform(self) -> Any:
-        """The wrapped dataset's transform; timm's `create_loader` assigns it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         seed_sample(self.seed, self.epoch, self.rank, index)

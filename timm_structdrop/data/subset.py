@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
+from timm_structdrop.data.wrapper import DatasetWrapper
 from timm_structdrop.errors import UserError
 
 __all__ = ["Subset", "balanced_indices", "balanced_subset", "class_indices"]
@@ -71,21 +72,12 @@ def _kept_labels(keeper: Any, length: int) -> list[int] | None:
     return labels.tolist() if labels.shape == (length,) and labels.dtype.kind in "iu" else None
 
 
-class Subset(Dataset):
-    """Samples of a map-style dataset; ``transform`` is the dataset's own, which timm assigns."""
+class Subset(DatasetWrapper):
+    """Samples of a map-style dataset."""
 
     def __init__(self, dataset: Any, indices: np.ndarray) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = indices
-
-    @property
-    def transform(self) -> Any:
-        """The transform of the dataset."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
+from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.training import Progress
 
-__all__ = ["check_targets", "eval_mode", "evaluate"]
+__all__ = ["check_targets", "evaluate"]
 
 
 def evaluate(
@@ -74,20 +75,6 @@ def evaluate(
         "samples": int(samples),
         "seconds": time.perf_counter() - start,
     }
-
-
-@contextmanager
-def eval_mode(model: nn.Module, active: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Eval mode of ``model``, except for the modules ``active``; flags are restored on exit."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module in active:
-        module.train()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def check_targets(target: Tensor, n_classes: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.evaluation.accuracy import check_targets, eval_mode
+from timm_structdrop.evaluation.accuracy import check_targets
+from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.training import Progress
 
 __all__ = ["Attack", "evaluate_attack", "pgd", "random_targets"]

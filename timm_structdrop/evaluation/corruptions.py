@@ -7,7 +7,7 @@ The corruptions themselves are those of the library ``imagecorruptions``, in its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
+from timm_structdrop.data.wrapper import DatasetWrapper
 from timm_structdrop.errors import UserError, nearest, one_line
 
 __all__ = [
@@ -161,7 +162,7 @@ def _seeded_numpy(seed: int) -> Iterator[None]:
         np.random.set_state(before)
 
 
-class CorruptedDataset(Dataset):
+class CorruptedDataset(DatasetWrapper):
     """A map-style data set whose images are corrupted after its own ``transform``.
 
     As in ImageNet-C the image is corrupted at the size at which the model sees it, before it is
@@ -182,7 +183,7 @@ class CorruptedDataset(Dataset):
             )
         if seed < 0:
             raise UserError(f"seed must be at least 0; got {seed}")
-        self.dataset = dataset
+        super().__init__(dataset)
         self.seed = seed
         self._choice = torch.tensor([-1, 0]).share_memory_()
 
@@ -196,18 +197,6 @@ class CorruptedDataset(Dataset):
             corrupt(np.zeros((16, 16), dtype=np.uint8), corruption, severity)
         index = -1 if corruption is None else CORRUPTIONS.index(corruption)
         self._choice.copy_(torch.tensor([index, severity]))
-
-    @property
-    def transform(self) -> Callable[[Image.Image], Any] | None:
-        """The wrapped data set's transform; timm's ``create_loader`` assigns it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Callable[[Image.Image], Any] | None) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, target = self.dataset[index]

@@ -13,12 +13,12 @@ from timm_structdrop.hub.citations import bibtex, in_words, paper_line
 from timm_structdrop.hub.model_stats import (
     ModelStats,
     RegularizerUse,
-    eval_mode,
     fitted_clusters,
     model_stats,
 )
 from timm_structdrop.hub.usage import Usage
 from timm_structdrop.layers import regularizers
+from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.models.placement import PLACEMENTS
 from timm_structdrop.models.structdrop_variants import variants
 

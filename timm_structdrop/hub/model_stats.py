@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_structdrop.layers import DropCluster2d, StructDropLayer
 from timm_structdrop.models._trace import first_conv
+from timm_structdrop.models.modes import eval_mode
 
 __all__ = ["ModelStats", "RegularizerUse", "model_stats", "regularizer_uses"]
 
@@ -105,15 +104,3 @@ def fitted_clusters(use: RegularizerUse) -> dict[str, DropCluster2d]:
         for path, layer in use.layers.items()
         if isinstance(layer, DropCluster2d) and layer.is_fitted
     }
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own training flag again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

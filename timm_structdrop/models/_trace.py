@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import Fork, StructDropLayer
+from timm_structdrop.models.modes import eval_mode
 
 __all__ = ["NORMS", "Step", "first_conv", "forward_zeros", "map_shape", "trace"]
 
@@ -141,17 +142,12 @@ def forward_zeros(model: nn.Module, img_size: tuple[int, int], images: int = 1) 
     Returns:
         The output of the model; None where a hook ended the pass.
     """
-    training = [module for module in model.modules() if module.training]
     conv = first_conv(model)
     zeros = torch.zeros(
         images, conv.in_channels, *img_size, device=conv.weight.device, dtype=conv.weight.dtype
     )
     try:
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             return model(zeros)
     except _Stop:
         return None
-    finally:
-        for module in training:
-            module.training = True
