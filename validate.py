@@ -22,7 +22,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import is_model_pretrained
 from timm.utils import random_seed
 
 from timm_structdrop.errors import UserError, is_users, nearest, one_line, run_command
@@ -161,7 +160,8 @@ def validate(
 def make_model(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
     """The model with the checkpoint's weights, or without a checkpoint its pretrained ones."""
     name = flags.model
-    if checkpoint is None and timm.is_model(name) and not is_model_pretrained(name):
+    has_weights = bool(timm.list_models(name, pretrained=True))
+    if checkpoint is None and timm.is_model(name) and not has_weights:
         raise UserError(f"a model must have pretrained weights or --checkpoint; {name} has none")
     settings = with_training_defaults(flags)
     settings.pretrained = checkpoint is None

@@ -61,7 +61,11 @@ def correct_digits(model: torch.nn.Module, mode: str = "L") -> int:
 def test_what_is_published_is_there():
     assert set(NAMES) == PUBLISHED
     for name in NAMES:
-        assert is_model_pretrained(name) and is_model_pretrained(f"{name}.digits")
+        assert is_model_pretrained(f"{name}.digits")
+        assert timm.list_models(name, pretrained=True) == [f"{name}.digits"]
+        # a name alone describes what it builds without weights
+        plain = timm.get_pretrained_cfg(name).to_dict()
+        assert plain == timm.create_model(name).pretrained_cfg
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_module
 from timm.models import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -68,6 +69,7 @@ def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, in
     entrance = _stage_entrance(model, slots)
     for path in [entrance] if entrance is not None else _around_first_layer(model, img_size):
         if path == entrance or _doubles_everything(model, path, img_size):
+            register_notrace_module(Fork)
             module = model.get_submodule(path)
             module.add_module("fork", Fork().train(model.training))
             module.register_forward_pre_hook(_call_fork)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import DropBlock2d as TimmDropBlock2d
-from timm.layers import DropPath
+from timm.layers import DropPath, register_notrace_module
 from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
@@ -145,6 +145,7 @@ def place(
             built.append((slot, layer.build(*shape, **{**own, **settings, **rate})))
         except (TypeError, ValueError) as error:
             raise UserError(f"{name}: {error}") from error
+    register_notrace_module(layer)  # FX cannot follow the branches that it takes
     for slot, module in built:
         module.train(model.training)
         insert(model, slot, module)

@@ -45,7 +45,20 @@ class Variant:
 
     def cfgs(self) -> Iterator[tuple[str, PretrainedCfg]]:
         """The pretrained cfgs: timm's weights of the base architecture under timm's tags, and the
-        packaged checkpoint."""
+        packaged checkpoint.
+
+        A name without a tag describes what it builds without weights. timm gives that place to the
+        first weights, so where only the package has some, `*` keeps it for the architecture's cfg.
+        """
+        facts = packaged().get(self.name)
+        own = {}
+        if facts is not None:
+            cfg = packaged_cfg(facts, dict(self.architecture.cfg))
+            own = {f"{self.name}.{facts['tag']}": cfg}
+        if own and self.architecture.timm_name is None:
+            yield from own.items()
+            yield f"{self.name}.*", PretrainedCfg(**self.architecture.cfg)
+            return
         for tagged, cfg in self.architecture.default_cfgs(self.name).items():
             if cfg.has_weights:
                 cfg = replace(
@@ -56,9 +69,7 @@ class Variant:
                     ),
                 )
             yield tagged, cfg
-        facts = packaged().get(self.name)
-        if facts is not None:
-            yield f"{self.name}.{facts['tag']}", packaged_cfg(facts, dict(self.architecture.cfg))
+        yield from own.items()
 
     def build(self, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         asked = kwargs.pop("pretrained_cfg", None)
@@ -99,15 +110,14 @@ class Variant:
     def _chosen_cfg(self, pretrained: bool, asked: Any) -> PretrainedCfg:
         """The cfg that is asked for: itself, by its tag, or the default.
 
-        Without pretrained weights the default of a model that timm has no weights of is its
-        architecture's, so that what is packaged does not change the model that one trains.
+        Without a tag, pretrained weights are timm's, or else the packaged ones.
         """
         if isinstance(asked, Mapping):
             return PretrainedCfg(**asked)
         if isinstance(asked, PretrainedCfg):
             return asked
-        if asked is None and not pretrained and self.architecture.timm_name is None:
-            return PretrainedCfg(**{**self.architecture.cfg, "architecture": self.name})
+        if not asked and pretrained and self.architecture.timm_name is None:
+            asked = packaged().get(self.name, {}).get("tag")
         return get_pretrained_cfg(f"{self.name}.{asked}" if asked else self.name)
 
     def _trained_with(self, cfg: PretrainedCfg) -> dict[str, Any]:
