@@ -52,24 +52,6 @@ def test_our_models_are_apart_from_timms():
     assert not set(variants) & set(timm.list_models(module="resnet"))
 
 
-# a plain forward in training is not how R-Block is trained, and it says so
-@pytest.mark.filterwarnings("ignore:an R-Block model is trained without its task")
-@pytest.mark.filterwarnings("ignore:CamDrop2d")  # nor CamDrop: it has no target to be guided by
-@pytest.mark.filterwarnings("ignore:CamDrop2d. no target")  # a plain forward has no target
-@pytest.mark.parametrize("name", SAMPLE)
-def test_forward_and_backward_in_train_and_eval(name):
-    model = build(name, num_classes=5, drop_block_rate=0.2)
-    assert list(structdrop_layers(model))
-    x = image(model)
-    model.train()
-    out = model(x)
-    assert out.shape == (2, 5)
-    out.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    model.eval()
-    assert torch.equal(model(x), model(x))
-
-
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_checkpoint_of_the_base_architecture_loads_strictly(name):
     base = build(variants[name].architecture.name).eval()
