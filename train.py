@@ -28,7 +28,13 @@ from timm.models import safe_model_name
 from timm.utils import NativeScaler, init_distributed_device
 from torch import nn
 
-from timm_structdrop.errors import UserError, dead_worker, one_line, run_command
+from timm_structdrop.errors import (
+    UserError,
+    dead_worker,
+    hear_no_more_of_workers,
+    one_line,
+    run_command,
+)
 from timm_structdrop.hub import RunPushes
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.build import (
@@ -295,6 +301,7 @@ def run_to_the_end(loop: Loop, start: Position) -> list[dict[str, Any]]:
     except RuntimeError as error:
         if dead_worker(error) is None and not is_lost_process(error, loop):
             raise
+        hear_no_more_of_workers()
         lost = f"process {loop.settings.rank} of the run has lost another one, which is why it ends"
         cause = dead_worker(error) or f"{lost} ({one_line(error)})"
         raise UserError(f"{cause}; {how_to_go_on(loop)}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import errno
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 
 _USER_ERRNOS = frozenset(
@@ -61,6 +63,13 @@ def dead_worker(error: BaseException) -> str | None:
     )
 
 
+def hear_no_more_of_workers() -> None:
+    """Keep torch from raising (at SIGCHLD) that a worker died, in a process that is ending."""
+    if threading.current_thread() is threading.main_thread():
+        # unlike SIG_IGN, a function takes a signal that has come but not been handled yet
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line; operating system errors name the file they are about."""
     dead = dead_worker(error)
@@ -100,6 +109,8 @@ def run_command(main: Callable[[], object]) -> None:
     except Exception as error:
         if not is_users(error):
             raise
+        if dead_worker(error) is not None:
+            hear_no_more_of_workers()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -18,7 +18,10 @@ def check_drop_prob(drop_prob: float) -> float:
     Raises:
         ValueError: ``drop_prob`` is not a number in [0, 1).
     """
-    rate = float(drop_prob)
+    try:
+        rate = float(drop_prob)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"drop_prob must be a number in [0, 1); got {drop_prob!r}") from error
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"drop_prob must be in [0, 1); got {drop_prob}")
     return rate

@@ -37,9 +37,15 @@ def check_block_size(block_size: int) -> int:
     Raises:
         ValueError: ``block_size`` is not an integer of at least 1.
     """
-    if block_size != int(block_size) or block_size < 1:
-        raise ValueError(f"block_size must be an integer of at least 1; got {block_size}")
-    return int(block_size)
+    try:
+        whole = int(block_size)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"block_size must be an integer of at least 1; got {block_size!r}"
+        ) from error
+    if block_size != whole or whole < 1:
+        raise ValueError(f"block_size must be an integer of at least 1; got {block_size!r}")
+    return whole
 
 
 def check_seeds(seeds: str) -> str:

@@ -123,7 +123,7 @@ def drop(x: Tensor, dropped: Dropped) -> Tensor:
     Returns:
         (N, C, H, W) in the dtype and memory format of ``x``.
     """
-    per_map = dropped.space[0].numel()
+    per_map = dropped.space.shape[1:].numel()
     channels, space = dropped.channels.float(), dropped.space.float()
     count = channels.shape[1] * per_map
     kept = count - channels.sum(1) * space.sum((1, 2))

@@ -326,8 +326,10 @@ class DropCluster2d(StructDropLayer):
 
     def _check_input(self, x: Tensor) -> None:
         size = tuple(x.shape[-2:])
-        if size == self._checked_size:
+        if size == self._checked_size and x.ndim == 4:
             return
+        if x.ndim != 4:
+            raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
         if self.n_clusters > size[0] * size[1]:
             raise ValueError(
                 f"n_clusters must be in [2, H*W = {size[0] * size[1]}] of the map; "

@@ -24,8 +24,10 @@ def spatial_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: boo
         (B, C, H, W) in the dtype and memory format of ``x``.
 
     Raises:
-        ValueError: p is a float outside [0, 1).
+        ValueError: p is a float outside [0, 1), or ``x`` is not of four dimensions.
     """
+    if x.ndim != 4:
+        raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
     if not isinstance(drop_prob, Tensor):
         drop_prob = check_drop_prob(drop_prob)
     if not training:

@@ -75,7 +75,10 @@ def build_model(flags: argparse.Namespace) -> Any:
         raise UserError(f"model {flags.model} does not take these flags: {error}") from error
     for text in flags.structdrop:
         name, layer_settings = parse_structdrop(text)
-        attach(model, name, **{"img_size": size, **layer_settings})
+        try:
+            attach(model, name, **{"img_size": size, **layer_settings})
+        except TypeError as error:
+            raise UserError(f"--structdrop {text} does not fit {name}: {error}") from error
     _initialize_head(model, flags.head_init_scale, flags.head_init_bias)
     if flags.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)

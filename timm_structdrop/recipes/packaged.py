@@ -166,6 +166,8 @@ def load_recipe(name: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such recipe, or it has a key that is no flag.
     """
+    if not isinstance(name, str):
+        raise UserError(f"a recipe must be named by text; got {name!r}")
     table, slash, key = name.partition("/")
     if slash and table in table_names():
         cells = load_table(table).cells

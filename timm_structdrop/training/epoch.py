@@ -12,6 +12,7 @@ import torch.distributed as dist
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
+from timm_structdrop.data.workers import read_batches
 from timm_structdrop.errors import UserError, dead_worker
 from timm_structdrop.training.checkpoint import Position
 from timm_structdrop.training.interrupt import TrainingStopped
@@ -34,6 +35,8 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
     _switch_mixup(loop, epoch)
     set_loader_epoch(loop.loader, settings.seed, epoch, settings.rank)
     run.task.begin_epoch(epoch, position.batch)
+    if position.batch:  # the rate is that of the last update also where no batch is left
+        run.task.begin_update(loop.updates_before(position) - 1)
     run.task.get_trainable_module().train()
     run.optimizer.zero_grad()
     sums = dict(position.sums)
@@ -77,7 +80,7 @@ def _batches(loop: Loop) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """The batches of an epoch, counted; they end early where the workers that read them were told
     to end together with this process."""
     try:
-        yield from enumerate(loop.loader)
+        yield from enumerate(read_batches(loop.loader))
     except RuntimeError as error:
         if not loop.stop.requested or dead_worker(error) is None:
             raise

@@ -6,6 +6,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from timm_structdrop.errors import hear_no_more_of_workers
+
 __all__ = ["StopRequest", "TrainingStopped"]
 
 
@@ -44,4 +46,4 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        hear_no_more_of_workers()
