@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,6 +253,8 @@ def _choose(
             f"{name} needs a place of kind {' or '.join(kinds)}; "
             f"{type(model).__name__} has none: name modules to put it after"
         )
+    if stages is not None and not isinstance(stages, Iterable):
+        raise UserError(f"stages must be a list of numbers; got {stages!r}")
     wanted = have[-placement.last_stages :] if stages is None else list(stages)
     for stage in wanted:
         if stage not in have:
