@@ -35,6 +35,11 @@ def outcome(capsys: pytest.CaptureFixture, error: BaseException) -> tuple[int | 
         (FileNotFoundError(), "FileNotFoundError"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "Permission denied: /a"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+            "a worker process that reads images died (killed by signal: Killed); where memory is "
+            "short, fewer --workers may help",
+        ),
     ],
 )
 def test_what_a_user_did_wrong_is_one_line(capsys, error, line):

@@ -152,6 +152,18 @@ def test_a_loss_that_is_not_finite_names_its_step():
         fit(loop)
 
 
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
+    """A loss that is finite, and gradients that are not: the loss would tell one step later."""
+    loop = with_files(make_loop(recovery_interval=1), tmp_path)
+    loop.saver.save_recovery(0, 0)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    bias = loop.run.task.trainable_module[2].bias
+    bias.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(UserError, match=r"must be finite to be saved; 2.bias .* epoch 0, step 0"):
+        fit(loop)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_evaluation_and_checkpoints_come_every_val_interval_and_at_the_end(tmp_path):
     loop = with_files(make_loop(epochs=5, val_interval=2, eval_metric="loss"), tmp_path)
     evaluated = []

@@ -20,7 +20,7 @@ def read_batches(loader: Any) -> Iterator[Any]:
         RuntimeError: a worker process died, in torch's words (``errors.dead_worker`` knows them)
             where torch has not noticed yet and fails in reading what it sent.
     """
-    workers = getattr(loader, "loader", loader).num_workers
+    workers = getattr(getattr(loader, "loader", loader), "num_workers", 0)
     try:
         yield from loader
     except _BROKEN as error:

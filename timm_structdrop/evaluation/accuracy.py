@@ -12,6 +12,7 @@ import torch.distributed as dist
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
+from timm_structdrop.data.workers import read_batches
 from timm_structdrop.errors import UserError
 from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.training import Progress
@@ -48,7 +49,7 @@ def evaluate(
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     start = time.perf_counter()
     with eval_mode(model, active), torch.inference_mode():
-        for images, target in loader:
+        for images, target in read_batches(loader):
             images = images.to(device=device, dtype=model_dtype, non_blocking=True)
             target = target.to(device=device, non_blocking=True)
             if channels_last:

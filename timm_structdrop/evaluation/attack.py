@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from timm_structdrop.data.workers import read_batches
 from timm_structdrop.errors import UserError
 from timm_structdrop.evaluation.accuracy import check_targets
 from timm_structdrop.models.modes import eval_mode
@@ -173,7 +174,7 @@ def evaluate_attack(
     samples = right = still_right = hit = 0
     max_change = 0.0
     with eval_mode(model):
-        for images, classes in loader:
+        for images, classes in read_batches(loader):
             images, classes = images.to(device, torch.float32), classes.to(device)
             pixels = (images * scale + offset).clamp(0.0, 1.0)
             with torch.no_grad():

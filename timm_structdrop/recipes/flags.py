@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from timm.utils import ParseKwargs
-
-from timm_structdrop.recipes.parser import at_least, fraction
+from timm_structdrop.recipes.parser import Keywords, at_least, fraction
 
 __all__ = ["SWITCH", "add_data_flags", "add_device_flags", "add_model_flags", "add_source_flags"]
 
@@ -85,7 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--mean", type=float, nargs="+", metavar="MEAN", help="pixel mean, in [0, 1]")
     add("--std", type=float, nargs="+", metavar="STD", help="pixel standard deviation")
     add("--interpolation", default="", metavar="NAME", help="resizing at evaluation")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="key=value ...")
+    add("--model-kwargs", nargs="*", default={}, action=Keywords, help="key=value ...")
     add(
         "--structdrop",
         action="append",

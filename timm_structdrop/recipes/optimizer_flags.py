@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from timm.utils import ParseKwargs
-
 from timm_structdrop.recipes.flags import SWITCH
-from timm_structdrop.recipes.parser import at_least, fraction
+from timm_structdrop.recipes.parser import Keywords, at_least, fraction
 
 __all__ = ["add_loss_flags", "add_optimizer_flags", "add_scheduler_flags"]
 
@@ -26,7 +24,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--layer-decay", type=float, metavar="D", help="learning rate decay from layer to layer")
     add("--layer-decay-min-scale", type=float, default=0.0, metavar="S", help="its lower bound")
     add("--layer-decay-no-opt-scale", type=float, metavar="S", help="freeze layers below it")
-    add("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, help="key=value ...")
+    add("--opt-kwargs", nargs="*", default={}, action=Keywords, help="key=value ...")
     add("--grad-accum-steps", type=at_least(1), default=1, metavar="N", help="batches per update")
     add("--grad-checkpointing", action=SWITCH, default=False, help="recompute, to save memory")
     add("--bn-momentum", type=float, metavar="M", help="momentum of batch norms that take it")

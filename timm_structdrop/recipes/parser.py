@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from timm.utils import ParseKwargs
+
 from timm_structdrop.errors import UserError, nearest
 
-__all__ = ["FlagParser", "at_least", "fraction", "parse_structdrop"]
+__all__ = ["FlagParser", "Keywords", "at_least", "fraction", "parse_structdrop"]
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -39,6 +41,22 @@ class FlagParser(argparse.ArgumentParser):
             for action in self._actions
             if action.dest != "help" and action.default is not argparse.SUPPRESS
         }
+
+
+class Keywords(ParseKwargs):
+    """timm's action for ``key=value ...``, whose values are Python literals, else text."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if value and "=" not in value:
+                raise UserError(f"{option_string} must be key=value ...; got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def parse_structdrop(text: str) -> tuple[str, dict[str, Any]]:
