@@ -72,7 +72,7 @@ def check_all_whole(folder: Path) -> None:
 
 
 def test_killed_twenty_times_at_random_it_is_the_same_run(start, tmp_path):
-    longer = ("--epochs", "12")
+    longer = ("--epochs", "20")
     whole = start(*longer, "--experiment", "whole")
     whole.wait_for_words("Writing to")
     begun = time.monotonic()
@@ -84,8 +84,8 @@ def test_killed_twenty_times_at_random_it_is_the_same_run(start, tmp_path):
     for _ in range(KILLS):
         again = ("--resume", str(folder)) if reached != (0, 0) else longer
         child = start(*again)
-        child.wait_for_words("Writing to")
-        time.sleep(draw.uniform(0, share))
+        child.wait_for_words("Train ")  # of the first batch
+        time.sleep(draw.uniform(0, 0.7 * share))
         child.kill()
         assert child.process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
         check_all_whole(folder)

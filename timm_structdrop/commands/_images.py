@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -19,6 +18,7 @@ from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkp
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_data import input_settings
+from timm_structdrop.recipes.parser import Keywords
 from timm_structdrop.training import derive_seed, seed_everything
 
 __all__ = ["Subject", "add_subject_flags", "load_subject"]
@@ -87,7 +87,7 @@ def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: i
     add("--num-classes", type=int, metavar="N", help="labels; the model's default if not given")
     add("--img-size", type=int, metavar="N", help="image size; the model's default if not given")
     add("--in-chans", type=int, metavar="N", help="image channels; the model's default")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="key=value ...")
+    add("--model-kwargs", nargs="*", default={}, action=Keywords, help="key=value ...")
     add(
         "--structdrop",
         action="append",
