@@ -34,7 +34,10 @@ def write(rows: list[dict[str, str]]) -> None:
         "LeNet-5 at 16 px, 600 steps (AdamW 3e-3, one cycle, batch 50, no augmentation) on 20, 10 "
         "and 5 % of 1000 digits of scikit-learn; 360 held-out digits to test on. A seed sets the "
         "split, the subset, the initial weights and the order of the batches; differences are "
-        "paired by seed. Rates were chosen on validation images, with seeds of their own, at 10 %.",
+        "paired by seed. Rates were chosen on validation images, with seeds of their own, at 10 %. "
+        "LeNet-5 has no residual branches, so StochasticDepth is not here. *None, other batches* "
+        "is the control of the comparison itself: at 5 % a batch is the whole training set, so "
+        "that only rounding tells it from *none*.",
         "",
         "Accuracies in percent: *clean*; *noise*: Gaussian noise of standard deviation 0.4 on "
         "pixels in [0, 1]; *corrupted*: mean over the seven corruptions of DropCluster's paper at "
