@@ -101,4 +101,3 @@ class RunPushes:
         again = shlex.join(["python", "-m", "timm_structdrop", *self.arguments])
         _logger.warning(f"Not pushed: {cause.removeprefix('error: ')}; to try again: {again}")
         return False
-
