@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from unittest.mock import patch
 
@@ -59,9 +60,25 @@ class Trained:
             return list(csv.DictReader(file))
 
 
+SCRATCH: list[Path] = []
+
+
+def scratch() -> Path:
+    """A folder for what several tests share."""
+    SCRATCH.append(Path(mkdtemp()))
+    return SCRATCH[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_scratch_stays():
+    yield
+    for folder in SCRATCH:
+        rmtree(folder)
+
+
 @cache
 def data() -> Path:
-    return write_images(Path(mkdtemp()), train=IMAGES // 2, validation=4)
+    return write_images(scratch(), train=IMAGES // 2, validation=4)
 
 
 def run(folder: Path, *flags: str, stop_after: int | None = None) -> Trained:
@@ -94,7 +111,7 @@ def start(name: str, folder: Path, *flags: str, stop_after: int | None = None) -
 @cache
 def eager(name: str) -> Trained:
     """The run that the others are compared with."""
-    return start(name, Path(mkdtemp()))
+    return start(name, scratch())
 
 
 def check(trained: Trained, batches_per_update: int = 1, processes: int = 1) -> None:
@@ -230,13 +247,13 @@ def one_rank(rank: int, ports: list[int], folder: str, images: str) -> None:
 @cache
 def both_ranks() -> Path | mp.ProcessRaisedException:
     """All regularizers trained by the same two processes: the folder, or why there is none."""
-    folder = mkdtemp()
+    folder = scratch()
     ports = [free_port() for _ in NAMES]
     try:
-        mp.spawn(one_rank, (ports, folder, str(data())), nprocs=2)
+        mp.spawn(one_rank, (ports, str(folder), str(data())), nprocs=2)
     except mp.ProcessRaisedException as error:
         return error
-    return Path(folder)
+    return folder
 
 
 def on_two_ranks(name: str, folder: Path) -> None:
