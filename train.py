@@ -260,7 +260,8 @@ def hub_pushes(flags: argparse.Namespace, loop: Loop) -> RunPushes | None:
 def announce(loop: Loop, folder: Path, start: Position) -> None:
     run, settings = loop.run, loop.settings
     parameters = sum(parameter.numel() for parameter in run.task.trainable_module.parameters())
-    rate = max(group.get("initial_lr", group["lr"]) for group in run.optimizer.param_groups)
+    rates = getattr(run.scheduler, "base_values", None)
+    rate = max(rates or [group["lr"] for group in run.optimizer.param_groups])
     _logger.info(
         f"{run.arch}: {parameters:,} parameters on {loop.device}; {settings.epochs} epochs of "
         f"{len(loop.loader)} batches; {type(run.optimizer).__name__}, learning rate {rate:.3g}"
@@ -271,6 +272,10 @@ def announce(loop: Loop, folder: Path, start: Position) -> None:
         _logger.info(
             f"{len(schedule.layers)} structured layers, drop rate "
             f"{', '.join(map(str, targets))}, {schedule.shape}"
+        )
+    if start.epoch >= settings.epochs:
+        _logger.info(
+            f"The run has its {settings.epochs} epochs already; --epochs N goes on to N of them"
         )
     where = f" from epoch {start.epoch}, batch {start.batch}" if start != Position() else ""
     _logger.info(f"Writing to {folder}{where}")

@@ -505,7 +505,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_pictures_without_matplotlib_name_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = HopkinsReport([layer("a", [0.9, 0.1])], 4, 64, 0.6, 15)
-    with pytest.raises(UserError, match=r"pip install timm-structdrop\[plot\]"):
+    with pytest.raises(UserError, match=r'pip install "timm-structdrop\[plot\]"'):
         draw_hopkins_histograms(report, "m")
 
 

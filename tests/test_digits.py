@@ -247,3 +247,10 @@ def test_an_unreadable_image_is_named_with_any_number_of_workers(folder, name, d
         list(loader)
     # Its frames keep the loader's workers, which hang when the garbage collector stops them.
     traceback.clear_frames(raised.tb)
+
+
+def test_images_beside_each_other_are_no_classes(tmp_path):
+    for index in range(3):
+        Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
+    with pytest.raises(UserError, match=r"at least 2 classes; .* has images of one class"):
+        create_dataset("", str(tmp_path), "train")

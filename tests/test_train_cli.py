@@ -298,3 +298,20 @@ def test_the_images_have_the_channels_and_the_size_of_the_model(flags, tmp_path)
          "--num-classes", "10", "--device", "cpu", "--output", str(tmp_path), "--model", *flags]
     )  # fmt: skip
     assert list(tmp_path.glob("*/last.pth.tar"))
+
+
+def test_what_a_beginner_forgets_is_said(tmp_path, caplog):
+    """A folder without splits, fewer classes than outputs, and going on with a finished run."""
+    folder = write_images(tmp_path / "images") / "train"
+    caplog.set_level(logging.INFO, "timm_structdrop")
+    flags = ["--model", "lenet5", "--data-dir", str(folder), "--batch-size", "8", "--workers", "0"]
+    where = ["--output", str(tmp_path), "--experiment", "run", "--epochs", "1", "--device", "cpu"]
+    train.main([*flags, *where, "--warmup-epochs", "0", "--lr", "0.01"])
+    assert "The model has 10 outputs, the data 2 classes: --num-classes 2" in caplog.text
+    assert "has no folders train/ and validation/: every image is trained on" in caplog.text
+    assert "learning rate 0.01" in caplog.text
+    caplog.clear()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert "The run has its 1 epochs already" in caplog.text
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--lr", "0.02"])
+    assert "learning rate 0.02" in caplog.text

@@ -28,7 +28,7 @@ def new_figure(width: float, height: float) -> Any:
         figure = import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise UserError(
-            "pictures need matplotlib: pip install timm-structdrop[plot]; it is not installed"
+            'pictures need matplotlib: pip install "timm-structdrop[plot]"; it is not installed'
         ) from error
     return figure(figsize=(width, height), facecolor="white")
 

@@ -20,6 +20,7 @@ from timm_structdrop.errors import UserError, nearest
 
 TRAIN_SPLITS = ("train", "training")
 VALIDATION_SPLITS = ("validation", "val", "valid", "eval", "evaluation")
+SPLITS = (TRAIN_SPLITS, VALIDATION_SPLITS, ("test",))
 FOLDER_NAMES = ("", "folder", "image_folder", "imagefolder", "tar")
 TORCH_FOLDERS = ("torch/folder", "torch/image_folder")
 TORCH_TRAIN_OR_TEST = (
@@ -151,13 +152,21 @@ def _existing_root(name: str, root: str | None) -> Path:
     return path
 
 
+def has_splits(root: str | Path) -> bool:
+    """Whether a folder of images has folders for training, validation or test images."""
+    return bool(_split_folders(Path(root)))
+
+
+def _split_folders(root: Path) -> list[str]:
+    return [name for group in SPLITS for name in group if (root / name).is_dir()]
+
+
 def _check_split_folder(root: Path, split: str) -> None:
     """timm takes the whole root where the split has no folder, so training images would be
     counted as validation images."""
     split = split.split("[")[0]
-    groups = (TRAIN_SPLITS, VALIDATION_SPLITS, ("test",))
-    wanted = next((group for group in groups if split in group), (split,))
-    found = [group_name for group in groups for group_name in group if (root / group_name).is_dir()]
+    wanted = next((group for group in SPLITS if split in group), (split,))
+    found = _split_folders(root)
     if found and not any((root / folder).is_dir() for folder in wanted):
         raise UserError(
             f"data folder must have a folder for the split {split!r} ({', '.join(wanted)}); "
@@ -195,7 +204,14 @@ def _image_files(
             f"data folder must hold a folder of images for each class; {root} holds none "
             f"for the split {split!r} ({error})"
         ) from error
-    return WholeImageDataset(root, reader=found.reader, input_img_mode=mode)
+    dataset = WholeImageDataset(root, reader=found.reader, input_img_mode=mode)
+    classes = class_names(dataset)
+    if classes is not None and len(classes) < 2:
+        raise UserError(
+            f"data folder must hold a folder of images for each of at least 2 classes; {root} "
+            f"has images of one class for the split {split!r}"
+        )
+    return dataset
 
 
 def _tiny_imagenet(root: str | None, split: str, mode: str, download: bool) -> TinyImageNet:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,15 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from timm_structdrop.data import SeededDataset, class_names, create_dataset
+from timm_structdrop.data.factory import FOLDER_NAMES, has_splits
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.evaluation import evaluate
 from timm_structdrop.models._trace import first_conv
 from timm_structdrop.training import Progress
 
 __all__ = ["evaluation", "input_settings", "training_batches", "validation_batches"]
+
+_logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 
@@ -76,6 +81,11 @@ def training_batches(
             f"the model must have an output for each of the {len(classes)} classes of the data "
             f"(--num-classes); got {num_classes}"
         )
+    if classes is not None and len(classes) < num_classes and rank == 0:
+        _logger.warning(
+            f"The model has {num_classes} outputs, the data {len(classes)} classes: "
+            f"--num-classes {len(classes)} makes them equal"
+        )
     if not isinstance(dataset, IterableDataset):
         if len(dataset) < flags.batch_size * world_size:
             raise UserError(
@@ -112,6 +122,12 @@ def evaluation(
     if not flags.val_split:
         return None
     loader = validation_batches(flags, data, device, world_size)
+    folder = flags.data_dir or flags.data
+    if flags.dataset in FOLDER_NAMES and Path(folder).is_dir() and not has_splits(folder):
+        _logger.warning(
+            f"{folder} has no folders train/ and validation/: every image is trained on, and the "
+            "accuracy is that on the same images"
+        )
     autocast: Callable[[], Any] = nullcontext
     if flags.amp:
         autocast = partial(torch.autocast, device.type, dtype=getattr(torch, flags.amp_dtype))

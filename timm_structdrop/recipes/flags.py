@@ -19,7 +19,11 @@ SWITCH = argparse.BooleanOptionalAction
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Where values come from: each source overrides the ones before it, flags override all."""
     add = parser.add_argument_group("Sources (recipe < config < flags)").add_argument
-    add("--recipe", metavar="NAME", help="packaged settings; python -m timm_structdrop list")
+    add(
+        "--recipe",
+        metavar="NAME",
+        help="packaged settings; python -m timm_structdrop list --recipes",
+    )
     add("-c", "--config", metavar="FILE", help="YAML file of flags, e.g. the args.yaml of a run")
 
 
