@@ -22,6 +22,7 @@ def draw_differences(
     """Each regularizer minus none, with 95 % intervals; filled where adjusted p < 0.05."""
     cells = list(dict.fromkeys(cell for cell, _, _ in differences))
     figure = new_figure(11, 1.2 + 0.9 * len(cells))
+    figure.set_layout_engine("constrained")
     axes = figure.subplots(len(FRACTIONS), len(SHOWN), sharey=True, sharex="col")
     for row, fraction in zip(axes, FRACTIONS, strict=True):
         for axis, name in zip(row, SHOWN, strict=True):
@@ -34,7 +35,7 @@ def draw_differences(
             axis.set_yticks(range(len(cells)), list(reversed(cells)))
             if fraction == FRACTIONS[0]:
                 axis.set_title(name)
-        row[0].set_ylabel(f"{1000 * fraction:.0f} images")
+        row[0].set_ylabel(f"{1000 * fraction:.0f} images", fontsize="large")
     for axis in axes[-1]:
         axis.set_xlabel("points of accuracy above none")
     figure.suptitle("Paired differences over seeds (filled: adjusted p < 0.05)")
@@ -43,7 +44,8 @@ def draw_differences(
 
 def draw_corruptions(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Mean accuracy of each regularizer under each corruption, at the fraction of the tuning."""
-    figure = new_figure(10, 4.5)
+    figure = new_figure(10, 5)
+    figure.set_layout_engine("constrained")
     axis = figure.subplots()
     cells = [cell.name for cell in MAIN]
     width = 0.8 / len(cells)
@@ -58,5 +60,6 @@ def draw_corruptions(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     names = [name.replace("_", "\n") for name in PAPER_CORRUPTIONS]
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("accuracy, mean of severities 1-5 (%)")
-    axis.legend(ncols=2, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set_title(f"{1000 * TUNED_AT:.0f} training images")
+    figure.legend(ncols=5, loc="outside lower center")
     save_png(figure, path)
