@@ -22,8 +22,8 @@ __all__ = ["DropBlock2d", "drop_block_2d"]
 # the sparse path writes each block, so where blocks overlap heavily the dense one is the faster:
 # about equal at 2 to 3 writes per unit of the map (p of 0.8 to 0.9)
 MAX_WRITES = 2.0
-# 2 MB of float32; beyond it the maps are so large that growing the blocks costs nothing beside them
-MAX_STAMP_ENTRIES = 2**19
+# a loop over more blocks than these costs more than growing them
+MAX_LOOPED = 4.0
 
 
 def drop_block_2d(
@@ -92,11 +92,11 @@ def drop_dense_blocks(
     return apply_mask(x, ~grow_blocks(drawn, block))
 
 
-def drop_stamped_blocks(x: Tensor, block: tuple[int, int], rate: float) -> Tensor:
-    """DropBlock of a small CPU tensor, one mask per sample, in as few operations as there can be.
+def drop_shared_blocks(x: Tensor, block: tuple[int, int], rate: float) -> Tensor:
+    """DropBlock of a CPU tensor, one mask per sample, in as few tensor operations as there can be.
 
-    A mask shared by the channels is tiny, so what it costs is the number of calls, not the work in
-    them: the blocks are looked up in a matrix of all places instead of being grown.
+    A mask that the channels share is tiny, so what it costs is the number of operations, not the
+    work in them: the few blocks are written in a Python loop.
 
     Args:
         x: activations (B, C, H, W).
@@ -107,24 +107,18 @@ def drop_stamped_blocks(x: Tensor, block: tuple[int, int], rate: float) -> Tenso
         ``x * M * count(M) / count_ones(M)``, M (B, 1, H, W) zero in the blocks.
     """
     batch, _, height, width = x.shape
-    stamps = _stamps((height, width), block)
-    drawn = torch.empty(batch, len(stamps), dtype=torch.float32, device="cpu").bernoulli_(rate)
-    mask = (drawn @ stamps == 0).view(batch, 1, height, width)
-    scale = mask.numel() / max(int(mask.sum()), 1)
-    return x * (mask * scale).to(x.dtype)
-
-
-@lru_cache(maxsize=16)
-def _stamps(size: tuple[int, int], block: tuple[int, int]) -> Tensor:
-    """1 where the block at a place covers a unit, float32 (places, H * W)."""
-    with torch.inference_mode(False):
-        places = _places(size, block)
-        alone = torch.eye(math.prod(places), device="cpu").view(-1, 1, *places)
-        return grow_blocks(alone > 0, block).flatten(1).float()
+    places = _places((height, width), block)
+    drawn = torch.rand(batch, *places, dtype=torch.float32, device="cpu").numpy() < rate
+    mask = torch.ones(batch, 1, height, width, dtype=torch.float32, device="cpu")
+    units = mask.numpy()  # the same memory: numpy's small operations are the faster
+    for sample, row, column in zip(*(index.tolist() for index in drawn.nonzero()), strict=True):
+        units[sample, 0, row : row + block[0], column : column + block[1]] = 0.0
+    units *= units.size / max(float(units.sum()), 1.0)
+    return x * mask.to(x.dtype)
 
 
 class _Plan(NamedTuple):
-    """How to drop: the clamped block, the seed rate, and the path for few seeds or small masks."""
+    """How to drop: the clamped block, the seed rate, and the path for few seeds."""
 
     block: tuple[int, int]
     rate: float
@@ -149,8 +143,8 @@ def _plan(
     block = clamp_block(block_size, size)
     units, places = math.prod(size), math.prod(_places(size, block))
     quick = None
-    if couple_channels and places * units <= MAX_STAMP_ENTRIES:
-        quick = drop_stamped_blocks
+    if couple_channels and rate * places <= MAX_LOOPED:
+        quick = drop_shared_blocks
     elif not couple_channels and rate * places * math.prod(block) <= MAX_WRITES * units:
         quick = drop_sparse_blocks
     return _Plan(block, rate, quick)
