@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -87,8 +86,8 @@ class StagedNet(nn.Module):
 
     def chain(self) -> list[str]:
         """The names of the children `forward_features` runs, in order: all up to the head."""
-        names = (name for name, _ in self.named_children())
-        return list(takewhile(lambda name: name != "global_pool", names))
+        names = [name for name, _ in self.named_children()]
+        return names[: names.index("global_pool")] if "global_pool" in names else names
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """timm's parameter groups: the stem, then each stage (`coarse`) or block, then the head."""
