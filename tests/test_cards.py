@@ -126,6 +126,13 @@ def test_a_card_leaves_the_model_as_it_was():
         assert torch.equal(value, before[key]), key
 
 
+def test_what_the_recipe_owes_to_the_evaluated_images_is_told():
+    facts = {"dataset": "digits", "top1": 90.0, "n_eval": 10, "recipe_note": "It was tuned on them"}
+    text = card_of(timm.create_model("lenet5_dropblock"), facts=facts)
+    assert "Top-1 accuracy 90.00 %, on 10 images" in text and "It was tuned on them." in text
+    assert "recipe_note" in packaged()["resnet20_camdrop"]
+
+
 def test_a_card_without_facts_claims_nothing():
     text = card_of(timm.create_model("resnet8_dropblock"))
     card = ModelCard(text)

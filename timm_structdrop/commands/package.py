@@ -32,6 +32,7 @@ from timm_structdrop.evaluation import evaluate
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.weights import read_checkpoint
+from timm_structdrop.recipes import load_recipe, recipe_names
 from timm_structdrop.recipes.command_line import training_command
 from timm_structdrop.version import __version__
 
@@ -125,10 +126,13 @@ def model_facts(subject: Subject, trained: Mapping[str, Any]) -> dict[str, Any]:
 def training_facts(trained: Mapping[str, Any], hardware: str | None) -> dict[str, Any]:
     """How the checkpoint came about, from the flags of its training."""
     dataset = trained.get("dataset") or "folder"
+    recipe = trained.get("recipe")
+    told = load_recipe(recipe).get("note") if recipe in recipe_names() else None
     metric = {"top1": "top-1", "top5": "top-5"}.get(trained.get("eval_metric", "top1"), "loss")
     return {
         "command": training_command(trained),
-        "recipe": trained.get("recipe"),
+        "recipe": recipe,
+        "recipe_note": told,
         "seed": trained.get("seed"),
         "epochs": trained.get("epochs"),
         "drop_prob": trained.get("drop_block"),

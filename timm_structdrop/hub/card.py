@@ -38,13 +38,13 @@ def make_card(
         repo_id: `user/name` on the Hub.
         title: heading; by default the name under which the weights load.
         facts: provenance, all keys optional. `name`: what `timm.create_model` loads these weights
-            by without the Hub. `command`, `recipe`, `seed`, `epochs`, `drop_prob`, `hardware`,
-            `versions` (by library): of the training. `dataset` (the data set as train.py names
-            it), `dataset_name` (in words), `split`, `n_eval`, `top1`, `top5` (percent),
-            `selection` (how the checkpoint was chosen): of the evaluation. `hopkins`: mean Spatial
-            Hopkins statistic by layer. `comparison`: rows of `model`, `top1`, `n` and, if known,
-            `params`. `label_names`, `sha256`, `base_model` (repository the training started from),
-            `rate_saved` (whether the drop rate comes back with the weights).
+            by without the Hub. `command`, `recipe`, `recipe_note` (a sentence), `seed`, `epochs`,
+            `drop_prob`, `hardware`, `versions` (by library): of the training. `dataset` (the data
+            set as train.py names it), `dataset_name` (in words), `split`, `n_eval`, `top1`, `top5`
+            (percent), `selection` (how the checkpoint was chosen): of the evaluation. `hopkins`:
+            mean Spatial Hopkins statistic by layer. `comparison`: rows of `model`, `top1`, `n` and,
+            if known, `params`. `label_names`, `sha256`, `base_model` (repository the training
+            started from), `rate_saved` (whether the drop rate comes back with the weights).
             `picture`: file name of the cluster maps, `clusters.png` unless it says otherwise; None
             for no picture.
 

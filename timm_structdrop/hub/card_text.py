@@ -206,6 +206,8 @@ def evaluation(facts: Mapping[str, Any]) -> list[str]:
     sentence += f", on {images}." if n else f", on {where}."
     if facts.get("selection"):
         sentence += f" The checkpoint is {facts['selection']}: the figure is optimistic by that."
+    if facts.get("recipe_note"):
+        sentence += f" {facts['recipe_note']}."
     parts = ["## Evaluation", sentence]
     rows = list(facts.get("comparison") or [])
     if rows:
