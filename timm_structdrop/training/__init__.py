@@ -1,6 +1,6 @@
 """Training: drop schedules, cluster refits, tasks on timm.task, checkpoints and the loop."""
 
-from timm_structdrop.training.checkpoint import Position, RunSaver, RunState, find_resume, resume
+from timm_structdrop.training.checkpoint import Position, RunSaver, RunState
 from timm_structdrop.training.choice import make_task
 from timm_structdrop.training.epoch import learning_rate, train_one_epoch
 from timm_structdrop.training.files import SummaryFile, write_whole
@@ -10,6 +10,7 @@ from timm_structdrop.training.parts import Loop, LoopSettings
 from timm_structdrop.training.progress import Progress
 from timm_structdrop.training.rblock import RBlockTask, has_fork
 from timm_structdrop.training.refit import ClusterRefits
+from timm_structdrop.training.resume import find_resume, resume
 from timm_structdrop.training.schedule import DropSchedule, live_drop_prob, schedule_shapes
 from timm_structdrop.training.seeding import derive_seed, seed_everything, set_loader_epoch
 from timm_structdrop.training.task import StructDropTask

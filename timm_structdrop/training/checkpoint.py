@@ -1,25 +1,24 @@
-"""Checkpoints that hold a whole run, are written whole or not at all, and continue it exactly."""
+"""Checkpoints that hold a whole run and are written whole or not at all."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 from torch import nn
 from torch.optim import Optimizer
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.models.weights import Checkpoint, load_weights, read_file
+from timm_structdrop.models.weights import read_file
 from timm_structdrop.training.files import replace_with_link, save_whole
 from timm_structdrop.training.task import StructDropTask
 
-__all__ = ["Position", "RunSaver", "RunState", "find_resume", "resume"]
+__all__ = ["EXTENSION", "Position", "RunSaver", "RunState", "recoveries"]
 
 EXTENSION = ".pth.tar"
 RECOVERY = re.compile(r"recovery-(\d+)-(\d+)\.pth\.tar")
@@ -154,7 +153,7 @@ class RunSaver(CheckpointSaver):
             raise
         for name, _ in files[self.max_history :]:
             Path(name).unlink(missing_ok=True)
-        for file in _recoveries(self.folder):
+        for file in recoveries(self.folder):
             file.unlink(missing_ok=True)
         return self.best_metric, self.best_epoch
 
@@ -172,7 +171,7 @@ class RunSaver(CheckpointSaver):
             UserError: the file cannot be written, or weights are not finite; the one of before is
                 intact.
         """
-        before = _recoveries(self.folder)
+        before = recoveries(self.folder)
         path = self._path(f"recovery-{epoch}-{batch_idx}")
         self._write(path, Position(epoch, batch_idx, update, dict(sums or {})))
         for file in before:
@@ -235,82 +234,10 @@ def _check_finite(model: nn.Module, position: Position) -> None:
         )
 
 
-def _recoveries(folder: Path) -> list[Path]:
+def recoveries(folder: Path) -> list[Path]:
     """Recovery checkpoints, the furthest last."""
     found = [
         (RECOVERY.fullmatch(file.name), file) for file in folder.glob(f"recovery-*{EXTENSION}")
     ]
     named = [(int(match[1]), int(match[2]), file) for match, file in found if match]
     return [file for _, _, file in sorted(named)]
-
-
-def find_resume(path: str | Path) -> Path:
-    """The checkpoint to continue from: ``path`` itself, or in a folder the furthest one.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        if not path.exists():
-            raise UserError(f"--resume must be an existing checkpoint or folder; got {path}")
-        return path
-    candidates = [*_recoveries(path)[-1:], path / f"last{EXTENSION}"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"--resume needs a folder with last{EXTENSION} or recovery-*; got {path}")
-
-
-def resume(
-    run: RunState, path: Path, weights_only: bool = False
-) -> tuple[Position, dict[str, Any]]:
-    """Put a run back where its checkpoint was saved. Call it before compiling and wrapping.
-
-    Args:
-        run: freshly made from the same settings.
-        path: a checkpoint of this package, or of timm's train.py (at the end of an epoch).
-        weights_only: leave the optimizer and the scaler as they are.
-
-    Returns:
-        Where to go on, and the content of the checkpoint.
-
-    Raises:
-        UserError: the file is no training checkpoint, or one of another model or optimizer.
-    """
-    content = read_file(path)
-    if "state_dict" not in content or "optimizer" not in content:
-        raise UserError(f"--resume needs a checkpoint of a training run; {path} is not one")
-    if str(content.get("arch")).split(".")[0] != run.arch.split(".")[0]:
-        raise UserError(
-            f"--resume needs a checkpoint of the model that is trained, {run.arch}; "
-            f"{path} holds {content.get('arch')}"
-        )
-    _load_models(run, content, path)
-    if not weights_only:
-        _load(run.optimizer.load_state_dict, content["optimizer"], "optimizer", path)
-        if run.scaler is not None and run.scaler.state_dict_key in content:
-            run.scaler.load_state_dict(content[run.scaler.state_dict_key])
-        if "lr_scheduler" in content and hasattr(run.scheduler, "lr_scheduler"):
-            run.scheduler.lr_scheduler.load_state_dict(content["lr_scheduler"])
-    saved = content.get("position")
-    if saved is None:
-        return Position(content.get("epoch", -1) + (content.get("version", 1) > 1)), content
-    return Position(**saved), content
-
-
-def _load_models(run: RunState, content: Mapping[str, Any], path: Path) -> None:
-    averaged = content.get("state_dict_ema") or content["state_dict"]
-    targets = [(run.task.get_trainable_module(), content["state_dict"])]
-    if run.task.has_ema():
-        targets.append((run.task.get_trainable_module(ema=True), averaged))
-    for model, weights in targets:
-        weights = clean_state_dict(weights)
-        load_weights(unwrap_model(model), Checkpoint(path, weights, run.arch, {}, False), run.arch)
-
-
-def _load(load: Callable[[Any], object], state: Any, what: str, path: Path) -> None:
-    try:
-        load(state)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"the {what} in {path} must fit the one in use; {error}") from error
