@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, RandomRotation
 
+from timm_structdrop.data.wrapper import DatasetWrapper
 from timm_structdrop.errors import UserError
 
 PilTransform = Callable[[Image.Image], Image.Image]
@@ -66,11 +66,11 @@ def own_size_transforms(
     return steps
 
 
-class TransformedFirst(Dataset):
+class TransformedFirst(DatasetWrapper):
     """A map-style dataset whose images pass through `first` before its own `transform`."""
 
     def __init__(self, dataset: Any, first: list[PilTransform]) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.first = first
         self.transform = dataset.transform
 
@@ -83,9 +83,6 @@ class TransformedFirst(Dataset):
     def transform(self, transform: Callable[[Image.Image], Any] | None) -> None:
         self._transform = transform
         self.dataset.transform = Compose([*self.first, *([transform] if transform else [])])
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.dataset[index]

@@ -167,12 +167,9 @@ def evaluate_attack(
             output = model(images)
         return output[0] if isinstance(output, (tuple, list)) else output
 
-    # two generators, so that neither draws differently for other batch sizes
-    target_draws = torch.Generator().manual_seed(attack.seed)
-    start_draws = torch.Generator().manual_seed(attack.seed + 1)
-    start_time = time.perf_counter()
-    samples = right = still_right = hit = 0
-    max_change = 0.0
+    begin = time.perf_counter()
+    draws = _Draws(attack)
+    count = _Count(attack.targeted)
     with eval_mode(model):
         for images, classes in read_batches(loader):
             images, classes = images.to(device, torch.float32), classes.to(device)
@@ -180,12 +177,7 @@ def evaluate_attack(
             with torch.no_grad():
                 before = logits(pixels)
             check_targets(classes, before.shape[1])
-            wanted, first = classes, None
-            if attack.targeted:
-                wanted = random_targets(classes, before.shape[1], target_draws)
-            if attack.random_start:
-                noise = torch.rand(pixels.shape, generator=start_draws).to(device)
-                first = (pixels + attack.eps * (2.0 * noise - 1.0)).clamp(0.0, 1.0)
+            wanted = draws.targets(classes, before.shape[1]) if attack.targeted else classes
             attacked = pgd(
                 logits,
                 pixels,
@@ -194,30 +186,70 @@ def evaluate_attack(
                 step_size=attack.step_size,
                 steps=attack.steps,
                 targeted=attack.targeted,
-                start=first,
+                start=draws.start(pixels) if attack.random_start else None,
             )
             with torch.no_grad():
-                after = logits(attacked).argmax(1)
-            was_right = before.argmax(1) == classes
-            hits = after == wanted if attack.targeted else was_right & (after != classes)
-            samples += len(classes)
-            right += int(was_right.sum())
-            still_right += int((after == classes).sum())
-            hit += int(hits.sum())
-            max_change = max(max_change, float((attacked - pixels).abs().max()))
+                after = logits(attacked)
+            count.add(classes, wanted, before.argmax(1), after.argmax(1))
+            count.max_change = max(count.max_change, float((attacked - pixels).abs().max()))
             if progress is not None:
-                figures = {"error": 100 - 100 * still_right / samples}
-                progress.update(len(classes), figures)
+                progress.update(len(classes), {"error": count.error_rate})
     if progress is not None:
         progress.close()
-    if samples == 0:
-        raise UserError("an attack needs at least one image; got none")
-    of = samples if attack.targeted else right
-    return {
-        "clean_err": 100 - 100 * right / samples,
-        "error_rate": 100 - 100 * still_right / samples,
-        "success_rate": 100 * hit / of if of else None,
-        "max_change": max_change,
-        "samples": samples,
-        "seconds": time.perf_counter() - start_time,
-    }
+    return {**count.figures(), "seconds": time.perf_counter() - begin}
+
+
+class _Draws:
+    """Targets and starts of an attack, from a generator each: neither depends on batch sizes."""
+
+    def __init__(self, attack: Attack) -> None:
+        self.eps = attack.eps
+        self.for_targets = torch.Generator().manual_seed(attack.seed)
+        self.for_starts = torch.Generator().manual_seed(attack.seed + 1)
+
+    def targets(self, classes: Tensor, n_classes: int) -> Tensor:
+        return random_targets(classes, n_classes, self.for_targets)
+
+    def start(self, pixels: Tensor) -> Tensor:
+        """A random point of the ball around each image, in [0, 1]."""
+        noise = torch.rand(pixels.shape, generator=self.for_starts).to(pixels.device)
+        return (pixels + self.eps * (2.0 * noise - 1.0)).clamp(0.0, 1.0)
+
+
+@dataclass
+class _Count:
+    """Images right before and after an attack, and those on which it succeeded."""
+
+    targeted: bool
+    samples: int = 0
+    right: int = 0
+    still_right: int = 0
+    hit: int = 0
+    max_change: float = 0.0
+
+    def add(self, classes: Tensor, wanted: Tensor, before: Tensor, after: Tensor) -> None:
+        """A batch, all (B,): its classes, what the attack wanted, what the model answered."""
+        was_right = before == classes
+        hits = after == wanted if self.targeted else was_right & (after != classes)
+        self.samples += len(classes)
+        self.right += int(was_right.sum())
+        self.still_right += int((after == classes).sum())
+        self.hit += int(hits.sum())
+
+    @property
+    def error_rate(self) -> float:
+        """Top-1 error under the attack, in percent."""
+        return 100 - 100 * self.still_right / self.samples
+
+    def figures(self) -> dict[str, Any]:
+        """What :func:`evaluate_attack` returns, but for the time."""
+        if self.samples == 0:
+            raise UserError("an attack needs at least one image; got none")
+        of = self.samples if self.targeted else self.right
+        return {
+            "clean_err": 100 - 100 * self.right / self.samples,
+            "error_rate": self.error_rate,
+            "success_rate": 100 * self.hit / of if of else None,
+            "max_change": self.max_change,
+            "samples": self.samples,
+        }
