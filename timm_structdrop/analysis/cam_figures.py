@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_structdrop.analysis.cams import Cams
 from timm_structdrop.analysis.cluster_figures import picture
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 
 __all__ = ["draw_cams"]
 

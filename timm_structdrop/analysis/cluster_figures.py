@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_structdrop.analysis.cluster_maps import ClusterMaps, TrainingMask
 from timm_structdrop.analysis.colours import colour_labels
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 
 __all__ = ["draw_cluster_maps", "draw_training_mask", "picture"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 
 __all__ = ["draw_corruption_curves"]
 

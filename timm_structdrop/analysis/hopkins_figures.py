@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.analysis.hopkins_report import N_BINS, HopkinsReport, LayerHopkins
-from timm_structdrop.errors import UserError
 
-__all__ = ["draw_hopkins_histograms", "draw_hopkins_map", "new_figure"]
+__all__ = ["draw_hopkins_histograms", "draw_hopkins_map"]
 
 RECOMMENDED, OTHER, LINE = "#0b6e4f", "#8da0b3", "#b2182b"
 MOST_CELLS_WITH_TEXT = 256
 LONGEST_NAME = 34
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches that no window and no global state knows of.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        figure = import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise UserError(
-            'pictures need matplotlib: pip install "timm-structdrop[plot]"; it is not installed'
-        ) from error
-    return figure(figsize=(width, height), facecolor="white")
 
 
 def draw_hopkins_histograms(report: HopkinsReport, model_name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 
 __all__ = ["draw_accuracy_surface"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_structdrop.analysis import save_csv, save_png
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.commands._sweep_runs import done_runs, read_summary
 from timm_structdrop.recipes import Cell, Table
 from timm_structdrop.training import write_whole

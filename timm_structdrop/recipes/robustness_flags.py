@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.errors import UserError
 from timm_structdrop.evaluation import (
     SEVERITIES,
