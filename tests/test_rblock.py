@@ -223,12 +223,13 @@ def test_compiled_forked_it_is_one_graph_whatever_the_rate(sub_models):
         assert not bool(((out[:4] == 0) & (out[4:] == 0)).any())
 
 
-def test_the_rate_of_a_compiled_mask_is_that_of_an_eager_one():
+@pytest.mark.parametrize("sub_models", PAIRS)
+def test_the_rate_of_a_compiled_mask_is_that_of_an_eager_one(sub_models):
     torch._dynamo.reset()
     torch.manual_seed(0)
     compiled = torch.compile(r_block_2d, backend="eager", fullgraph=True)
     x = torch.ones(2000, 4, 6, 6)
-    out = compiled(x, torch.tensor(0.4), "bdropdml", 3, "exact", True)
+    out = compiled(x, torch.tensor(0.4), sub_models, 3, "exact", True)
     assert float((out == 0).float().mean()) == pytest.approx(0.2, abs=0.01)
 
 

@@ -93,7 +93,7 @@ def s_drop_dml(
     batch, channels, height, width = shape
     selected = _uniform((batch, channels), device) < drop_prob
     block = clamp_block(block_size, (height, width))
-    rate = half_rate(height, width, block_size)
+    rate = half_rate((height, width), block_size, device)
     drawn = _uniform((batch, 1, height, width), device) < rate
     blocks = grow_blocks(drawn, block, seeds="all").squeeze(1)
     return Dropped(torch.cat((selected, selected)), torch.cat((blocks, ~blocks)))
@@ -138,10 +138,15 @@ def drop(x: Tensor, dropped: Dropped) -> Tensor:
     return x * factors.to(x.dtype)
 
 
-@torch.compiler.assume_constant_result
-def half_rate(height: int, width: int, block_size: int) -> float:
-    """The seed rate whose blocks cover half of an H x W map; a constant of a compiled graph."""
-    return seed_rate(0.5, (height, width), block_size, seeds="all")
+def half_rate(
+    size: tuple[int, int], block_size: int, device: torch.device | None
+) -> float | Tensor:
+    """The seed rate whose blocks cover half of an H x W map."""
+    if torch.compiler.is_compiling():
+        # the solver of floats is a loop over dicts and caches that no graph holds
+        half = torch.full((), 0.5, device=device)
+        return seed_rate_tensor(half, size, block_size, seeds="all")
+    return seed_rate(0.5, size, block_size, seeds="all")
 
 
 def _uniform(shape: tuple[int, ...], device: torch.device | None) -> Tensor:
