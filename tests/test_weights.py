@@ -107,7 +107,11 @@ class Payload:
         return os.system, ("touch it_ran",)
 
 
-@pytest.mark.parametrize("content", [torch_bytes({"state_dict": Payload()}), torch_bytes(net())])
+@pytest.mark.parametrize(
+    "content",
+    [torch_bytes({"state_dict": Payload()}), torch_bytes(net())],
+    ids=["a call", "a module"],
+)
 def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pth").write_bytes(content)
