@@ -75,6 +75,25 @@ def test_means_are_over_images_not_over_batches():
     )
 
 
+def random_numbers_of(**settings) -> list[float]:
+    """What a model's forwards would draw from torch's generator, batch by batch."""
+    loop = make_loop(**settings)
+    drawn = []
+    loop.run.task.trainable_module.register_forward_hook(
+        lambda *_: drawn.append(float(torch.rand(())))
+    )
+    fit(loop)
+    return drawn
+
+
+def test_every_batch_of_every_epoch_seed_and_rank_has_random_numbers_of_its_own():
+    one = random_numbers_of(epochs=3)
+    assert len(one) == 15
+    others = random_numbers_of(epochs=3, seed=7), random_numbers_of(epochs=3, rank=1)
+    assert len({*one, *others[0], *others[1]}) == 45
+    assert random_numbers_of(epochs=3) == one
+
+
 class TermAt:
     """In the place of a learning rate scheduler: asks the process to end after one update."""
 
