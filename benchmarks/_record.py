@@ -1,6 +1,7 @@
 """What a recorded measurement says of itself, and trainings that a benchmark runs."""
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -9,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 import timm_structdrop
@@ -20,19 +20,35 @@ __all__ = ["ROOT", "circumstances", "quietly_trained"]
 ROOT = Path(__file__).parent.parent
 
 
-def circumstances(module: str) -> dict[str, Any]:
-    """Command, versions and hardware, JSON-able; ``module`` of this folder is what is running."""
+def circumstances(module: str, packages: Sequence[str] = ("torch", "timm")) -> dict[str, Any]:
+    """Command, versions and hardware, JSON-able.
+
+    Args:
+        module: what is running, ``benchmarks`` or in it ``benchmarks.<module>``.
+        packages: whose versions matter; those that are not installed are left out.
+    """
+    versions = {
+        "timm_structdrop": timm_structdrop.__version__,
+        "python": platform.python_version(),
+    }
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
-        "versions": {
-            "timm_structdrop": timm_structdrop.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), "
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "versions": versions,
+        "hardware": f"{_processor()}, {os.cpu_count()} cores ({platform.machine()}), "
         f"{torch.get_num_threads()} of them used",
     }
+
+
+def _processor() -> str:
+    """The name of the CPU where Linux tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
 
 
 @contextlib.contextmanager

@@ -1,18 +1,13 @@
-"""A training step of CamDrop against a plain one, and where its time goes.
+"""Where the time of a training step with CamDrop goes.
 
-    python -m benchmarks.camdrop [--repeats N] [--batch-size N] [--img-size N]
+    python -m benchmarks.camdrop [--repeats N] [--quick]
 
-ResNet-50, CamDrop in groups 3 and 4 with its defaults, one thread, one process. A step is the
-forward, the loss, the backward and an SGD update. The two kinds of steps take turns, and ratios are
-taken within a turn, so that what else the machine does meets both. The parts are timed inside of
-the CamDrop step: a share of the processor time of the same step, which other processes disturb much
-less than a difference of two steps. What the layers cost outside of themselves (memory, caches) is
-in the ratio only.
+ResNet-50, CamDrop in groups 3 and 4 with its defaults. A step is the forward, the loss, the
+backward and an SGD update. The parts are timed inside of the CamDrop step: a share of the processor
+time of the same step, which other processes disturb much less than a difference of two steps. What
+the layers cost outside of themselves (memory, caches) is only in the ratio to the plain step.
 """
 
-import argparse
-import os
-import platform
 import statistics
 import time
 from collections import Counter
@@ -21,36 +16,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import timm
-import torch
-
-import timm_structdrop  # noqa: F401  registers the models
-from benchmarks._timing import one_thread, paired_times, spread
+from benchmarks._models import make_step
+from benchmarks._settings import Settings
+from benchmarks._text import milliseconds, ratio, table
+from benchmarks._timing import compared, one_thread, paired
 from timm_structdrop.layers import _few_maps, camdrop
-from timm_structdrop.models.placement import structdrop_layers
-from timm_structdrop.training import StructDropTask
 
-CLASSES = 1000
-STEPS = ("plain", "camdrop")
+TITLE = "CamDrop's parts"
+CPU_ONLY = True  # processor time says nothing of what a GPU does
+SHAPES = ((16, 3, 128, 128), (8, 3, 224, 224))
+QUICK_SHAPES = ((4, 3, 64, 64),)
 MAPS, SEEDS, DROPPING = "class activation maps", "ranking, seeds and blocks", "dropping"
-
-
-def make_step(kind: str, batch: int, size: int) -> Callable[[], None]:
-    """One training step of the kind, always on the same batch."""
-    torch.manual_seed(0)
-    task = StructDropTask(
-        timm.create_model("resnet50" if kind == "plain" else "resnet50_camdrop"), verbose=False
-    )
-    task.train()
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9)
-    images, target = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        task(images, target)["loss"].backward()
-        optimizer.step()
-
-    return step
 
 
 @contextmanager
@@ -91,60 +67,56 @@ def shares(step: Callable[[], None], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def run(repeats: int = 7, batch: int = 16, size: int = 128) -> dict[str, Any]:
-    """Measure the steps.
-
-    Args:
-        repeats: rounds in which the steps take turns, and steps whose parts are timed.
-        batch: images of a step.
-        size: of the images, in pixels.
-
-    Returns:
-        ``step_ms``, the medians; ``ratio`` and ``processor_ratio`` of the CamDrop step to the plain
-        one, median and quartiles; and ``shares``, see :func:`shares`.
-    """
-    steps = {kind: make_step(kind, batch, size) for kind in STEPS}
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """One row per batch: the step over the plain one, and the shares of its parts."""
     with one_thread():
-        times = paired_times(steps, repeats)
-        parts = shares(steps["camdrop"], repeats)
+        return [row(shape, settings) for shape in settings.pick(SHAPES, QUICK_SHAPES)]
+
+
+def row(shape: tuple[int, int, int, int], settings: Settings) -> dict[str, Any]:
+    steps = {name: make_step(name, shape) for name in ("resnet50", "resnet50_camdrop")}
+    rounds = settings.rounds(5)
+    times = paired(steps, rounds, warm_up=1)
     return {
-        "benchmark": "camdrop",
-        "batch": batch,
-        "size": size,
-        "layers": len(list(structdrop_layers(timm.create_model("resnet50_camdrop")))),
-        "step_ms": {kind: statistics.median(times[kind].elapsed) for kind in STEPS},
-        "ratio": spread(times["camdrop"].elapsed, times["plain"].elapsed),
-        "processor_ratio": spread(times["camdrop"].processor, times["plain"].processor),
-        "shares": parts,
-        "repeats": repeats,
+        "shape": shape,
+        **compared(times["resnet50_camdrop"], times["resnet50"]),
+        "shares": shares(steps["resnet50_camdrop"], rounds),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (7)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per step (16)")
-    parser.add_argument("--img-size", type=int, default=128, help="image size (128)")
-    arguments = parser.parse_args()
-    found = run(arguments.repeats, arguments.batch_size, arguments.img_size)
-    load = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}; ResNet-50 with {found['layers']} layers of CamDrop, batch "
-        f"{found['batch']} at {found['size']} px, one thread; {found['repeats']} rounds, "
-        f"load {load}"
+def headline(rows: list[dict[str, Any]]) -> str:
+    found = "; ".join(
+        f"{100 * sum(row['shares'].values()):.1f} % at batch {row['shape'][0]}, "
+        f"{row['shape'][2]} px"
+        for row in rows
     )
-    for name in ("ratio", "processor_ratio"):
-        ratio = found[name]
-        print(
-            f"{'elapsed' if name == 'ratio' else 'processor'} time, CamDrop / plain: "
-            f"{ratio['median']:.3f} (quartiles {ratio['low']:.3f} to {ratio['high']:.3f})"
-        )
-    print(f"plain step {found['step_ms']['plain']:.0f} ms; shares of the CamDrop step")
-    for name, share in found["shares"].items():
-        print(f"  {name:26s} {100 * share:5.2f} %")
-    print(f"  {'together':26s} {100 * sum(found['shares'].values()):5.2f} %")
+    return f"CamDrop's own code, of its ResNet-50 step: {found}."
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    parts = list(rows[0]["shares"])
+    return [
+        f"ResNet-50; {rows[0]['repeats']} rounds; parts in percent of the CamDrop step's processor "
+        "time.",
+        "",
+        *table(
+            ["batch", "plain step", "step / plain step", "processor time", *parts, "together"],
+            [
+                [
+                    f"{row['shape'][0]} at {row['shape'][2]} px",
+                    milliseconds(row["other_ms"]),
+                    ratio(row["ratio"]),
+                    f"{row['processor_ratio']:.2f}",
+                    *(f"{100 * row['shares'][name]:.1f} %" for name in parts),
+                    f"{100 * sum(row['shares'].values()):.1f} %",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks._suite import alone
+
+    alone("camdrop")

@@ -1,64 +1,59 @@
 """DropBlock against the cheapest thing it could be, against torchvision's and against timm's.
 
-    python -m benchmarks.dropblock [--repeats N]
+    python -m benchmarks.dropblock [--repeats N] [--quick] [--device cuda]
 
-Speed: forward and backward in float32 at a rate of 0.1, all in one process on one thread. The
-functions take turns, and a ratio is taken within a turn, so that what else the machine does meets
-both. The floor is ``x * mask`` with a mask that is there already. torchvision and timm are called
-for the same kind of mask; torchvision has only masks per channel.
+Speed: forward and backward in float32 at a rate of 0.1. The floor is ``x * mask`` with a mask that
+is there already. torchvision and timm are called for the same kind of mask; torchvision has only
+masks per channel.
 
 Accuracy: the fraction of units that each of them zeroes at a nominal rate of 0.1.
 """
 
-import argparse
 import math
-import platform
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from timm.layers.drop import DropBlock2d as TimmDropBlock2d
 from torch import Tensor
 from torchvision.ops import drop_block2d as torchvision_drop_block
 
-from benchmarks._timing import one_thread, paired, spread
+from benchmarks._settings import Settings
+from benchmarks._text import milliseconds, ratio, table
+from benchmarks._timing import compared, one_thread, paired
 from timm_structdrop.layers import drop_block_2d
 
+TITLE = "DropBlock"
 RATE = 0.1
 CASES = (((32, 1024, 14, 14), 7), ((32, 2048, 7, 7), 5))
+QUICK_CASES = (((8, 64, 14, 14), 7),)
 MAPS = ((14, 5), (14, 7), (7, 3), (7, 7))
+OTHERS = ("timm", "torchvision")
 # the floor, and ours, are some twenty times faster than the others
 ROUNDS_WITHOUT_OTHERS = 5
 
 
-def run(repeats: int = 7) -> list[dict[str, Any]]:
-    """Measure every case.
-
-    Args:
-        repeats: rounds with all functions; there are five times as many with ours and the floor
-            only.
-
-    Returns:
-        One row per case: milliseconds, and median and quartiles of the ratios.
-    """
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """One row per shape and kind of mask, then one per map with the fractions dropped."""
+    rounds = settings.rounds(7)
     with one_thread():
-        return [
-            speed_row(shape, block_size, coupled, repeats)
-            for shape, block_size in CASES
+        speed = [
+            speed_row(shape, block_size, coupled, rounds, settings.device)
+            for shape, block_size in settings.pick(CASES, QUICK_CASES)
             for coupled in (False, True)
         ]
+        n_maps = settings.pick(200_000, 10_000)
+        return speed + [fractions_row(size, block, n_maps) for size, block in MAPS]
 
 
 def speed_row(
-    shape: tuple[int, int, int, int], block_size: int, coupled: bool, repeats: int
+    shape: tuple[int, int, int, int], block_size: int, coupled: bool, rounds: int, device: str
 ) -> dict[str, Any]:
-    """Ours against the floor, and the others against ours."""
+    """Ours over the floor, and the others over ours."""
     torch.manual_seed(0)
-    x = torch.randn(shape, requires_grad=True)
-    weights = torch.randn(shape)
-    kept = torch.rand(shape[0], 1 if coupled else shape[1], *shape[2:]) >= RATE
+    x = torch.randn(shape, device=device, requires_grad=True)
+    weights = torch.randn(shape, device=device)
+    kept = torch.rand(shape[0], 1 if coupled else shape[1], *shape[2:], device=device) >= RATE
     mask = kept / (1 - RATE)
 
     def step(drop: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -76,23 +71,18 @@ def speed_row(
     others = {"timm": step(timm_layer)}
     if not coupled:
         others["torchvision"] = step(lambda x: torchvision_drop_block(x, RATE, block_size))
-    times = paired(fast, ROUNDS_WITHOUT_OTHERS * repeats)
-    slow_times = paired({"ours": fast["ours"], **others}, repeats, warm_up=1)
-    row: dict[str, Any] = {
+    times = paired(fast, ROUNDS_WITHOUT_OTHERS * rounds, device=device)
+    slow_times = paired({"ours": fast["ours"], **others}, rounds, warm_up=1, device=device)
+    return {
         "shape": shape,
         "block_size": block_size,
         "masks": "coupled" if coupled else "per channel",
-        "floor_ms": sorted(times["floor"])[len(times["floor"]) // 2],
-        "ours_over_floor": spread(times["ours"], times["floor"]),
+        "over_floor": compared(times["ours"], times["floor"]),
+        "over_ours": {name: compared(slow_times[name], slow_times["ours"]) for name in others},
     }
-    for name in others:
-        row[f"{name}_over_ours"] = spread(slow_times[name], slow_times["ours"])
-    return row
 
 
-def dropped_fractions(
-    size: int, block_size: int, n_maps: int = 200_000
-) -> dict[str, tuple[float, float]]:
+def fractions_row(size: int, block_size: int, n_maps: int) -> dict[str, Any]:
     """Fraction of units zeroed, and its standard error, on ``n_maps`` maps of ones."""
     torch.manual_seed(0)
     x = torch.ones(n_maps // 1000, 1000, size, size)
@@ -105,38 +95,80 @@ def dropped_fractions(
     fractions = {}
     for name, drop in drops.items():
         per_map = (drop(x) == 0).float().mean(dim=(2, 3)).flatten()
-        fractions[name] = (float(per_map.mean()), float(per_map.std()) / math.sqrt(len(per_map)))
-    return fractions
+        error = float(per_map.std()) / math.sqrt(len(per_map))
+        fractions[name] = {"mean": float(per_map.mean()), "standard_error": error}
+    return {"map": size, "block_size": block_size, "n_maps": n_maps, "fractions": fractions}
 
 
-def text(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="DropBlock: speed and fraction dropped.")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds with all functions")
-    repeats = parser.parse_args().repeats
-    print(
-        f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, timm {timm.__version__}; median (quartiles)"
+def headline(rows: list[dict[str, Any]]) -> str:
+    per_channel = [row for row in rows if row.get("masks") == "per channel"]
+    coupled = [row for row in rows if row.get("masks") == "coupled"]
+    floor, shared = (
+        " and ".join(f"{row['over_floor']['ratio']['median']:.2f}" for row in chosen)
+        for chosen in (per_channel, coupled)
     )
-    print("shape; block; masks; floor ms; ours / floor; timm / ours; torchvision / ours")
-    for row in run(repeats):
-        others = [row.get(f"{name}_over_ours") for name in ("timm", "torchvision")]
-        print(
-            f"{row['shape']}; {row['block_size']}; {row['masks']}; {row['floor_ms']:.1f}; "
-            f"{text(row['ours_over_floor'])}; " + "; ".join(text(r) if r else "-" for r in others)
-        )
-    print(f"fraction zeroed at a nominal rate of {RATE} (standard error)")
-    print("map; block; ours; timm; torchvision")
-    for size, block_size in MAPS:
-        fractions = dropped_fractions(size, block_size)
-        print(
-            f"{size}x{size}; {block_size}; "
-            + "; ".join(f"{mean:.4f} ({error:.4f})" for mean, error in fractions.values())
-        )
+    others = "; ".join(
+        f"{name} "
+        + " and ".join(f"{row['over_ours'][name]['ratio']['median']:.1f}" for row in per_channel)
+        for name in OTHERS
+    )
+    shapes = " and ".join(f"{row['shape'][2]}x{row['shape'][3]}" for row in per_channel)
+    return (
+        f"DropBlock's forward and backward on {shapes} maps, over `x * mask`: {floor} with a mask "
+        f"per channel, {shared} with one per image. The others over ours: {others} times."
+    )
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    speed = [row for row in rows if "masks" in row]
+    dropped = [row for row in rows if "fractions" in row]
+    header = ["shape", "block", "masks", "`x * mask`", "ours / `x * mask`"]
+    return [
+        f"Forward and backward, rate {RATE}; {speed[0]['over_floor']['repeats']} rounds with "
+        f"`x * mask`, {speed[0]['over_ours']['timm']['repeats']} with the others.",
+        "",
+        *table(
+            header + [f"{name} / ours" for name in OTHERS],
+            [
+                [
+                    str(tuple(row["shape"])),
+                    str(row["block_size"]),
+                    row["masks"],
+                    milliseconds(row["over_floor"]["other_ms"]),
+                    ratio(row["over_floor"]["ratio"]),
+                    *(
+                        ratio(row["over_ours"][name]["ratio"], 1)
+                        if name in row["over_ours"]
+                        else "-"
+                        for name in OTHERS
+                    ),
+                ]
+                for row in speed
+            ],
+        ),
+        "",
+        f"Fraction of units zeroed at a nominal rate of {RATE} on {dropped[0]['n_maps']:,} maps "
+        "(standard error).",
+        "",
+        *table(
+            ["map", "block", "ours", *OTHERS],
+            [
+                [
+                    f"{row['map']}x{row['map']}",
+                    str(row["block_size"]),
+                    *(
+                        f"{row['fractions'][name]['mean']:.4f} "
+                        f"({row['fractions'][name]['standard_error']:.4f})"
+                        for name in ("ours", *OTHERS)
+                    ),
+                ]
+                for row in dropped
+            ],
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks._suite import alone
+
+    alone("dropblock")

@@ -152,7 +152,7 @@ def main() -> None:
         right = subject.model(subject.images.to(device)).argmax(1).cpu() == subject.targets
     facts = {name: fact for name, fact in subject.facts.items() if name != "weights"}
     results = {
-        **circumstances("gradient_bound"),
+        **circumstances("benchmarks.gradient_bound"),
         "subject": facts,
         "training": args.checkpoint or f"train.py {TRAINING} --model {args.model}",
         "top1": 100 * float(right.double().mean()),

@@ -167,7 +167,7 @@ def main() -> None:
         save_csv(rows, table)
         progress.update(1, {"lr": rate, "gamma": gamma, "top1": row["top1"]})
     progress.close()
-    facts = {**circumstances("lr_gamma"), "cells": len(rows), **reach(rows)}
+    facts = {**circumstances("benchmarks.lr_gamma"), "cells": len(rows), **reach(rows)}
     save_json(facts, output.with_name(output.name + ".json"))
     draw(args, rows, output.with_name(output.name + ".png"))
     print(f"Written: {table} and .json, .png beside it")

@@ -1,47 +1,36 @@
 """ReNA of all channels at once against nilearn's, channel by channel.
 
-    python -m benchmarks.rena [--repeats N]
+    python -m benchmarks.rena [--repeats N] [--quick] [--device cuda]
 
-Each repeat times both on the same activations, one after the other in one process on one thread,
-and takes the ratio: what else the machine does then meets both. nilearn is called at its
-innermost public function, with the activations as they are (float32), and on some of the
-channels only, since it takes each channel the same time; the time is per channel.
+nilearn is called at its innermost public function, with the activations as they are (float32), and
+on some of the channels only, since it takes each channel the same time; the time is per channel.
+On a GPU ours is compared with ours on one CPU thread.
 """
 
-import argparse
-import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import nibabel
-import nilearn
 import numpy as np
 import torch
 from nilearn.regions.rena_clustering import recursive_neighbor_agglomeration
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks._timing import one_thread
+from benchmarks._models import conv_activations
+from benchmarks._settings import Settings
+from benchmarks._text import milliseconds, ratio, table
+from benchmarks._timing import compared, one_thread, paired, weighted
 from timm_structdrop.cluster import rena
 
+TITLE = "ReNA"
 BATCH = 64
 CHANNELS = 64
 CLUSTERS = 15
 # Side of the maps: channels given to nilearn.
 SIZES = {16: 16, 32: 12, 56: 8, 112: 4}
+QUICK_SIZES = {16: 4, 32: 2}
 DEAD_SIZE, DEAD_CHANNELS = 16, 8
-
-
-def conv_activations(size: int, seed: int = 0) -> Tensor:
-    """(BATCH, CHANNELS, size, size): random 7x7 convolutions of smoothed noise, after ReLU."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(BATCH, 3, size + 12, size + 12, generator=generator)
-    images = F.avg_pool2d(F.avg_pool2d(images, 4, stride=1), 4, stride=1)
-    kernels = torch.randn(CHANNELS, 3, 7, 7, generator=generator)
-    return F.relu(F.conv2d(images, kernels))
 
 
 def nilearn_rena(channel: Tensor) -> tuple[int, np.ndarray]:
@@ -51,52 +40,39 @@ def nilearn_rena(channel: Tensor) -> tuple[int, np.ndarray]:
     return recursive_neighbor_agglomeration(samples, mask, CLUSTERS, n_iter=1000)
 
 
-def within_cluster_variance(channel: Tensor, labels: Tensor) -> float:
-    """Sum of the squared distances to the cluster means of one channel, (B, H, W)."""
-    pixels = channel.flatten(1).T.double()
-    member = F.one_hot(labels.flatten().long()).double()
-    means = member.T @ pixels / member.sum(0)[:, None]
-    return float((pixels - member @ means).square().sum())
-
-
-def timed(function: Callable[[], Any]) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - start)
-
-
-def run(repeats: int = 7) -> list[dict[str, Any]]:
-    """Measure every case.
-
-    Args:
-        repeats: Paired measurements per case.
-
-    Returns:
-        One row per case: the median time per channel of both, the median, smallest and largest
-        ratio, and the variance within our clusters over that within nilearn's.
-    """
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """One row per size of the maps, and one of a layer with dead channels."""
+    sizes, rounds = settings.pick(SIZES, QUICK_SIZES), settings.rounds(7)
     with one_thread(), warnings.catch_warnings():
         # nilearn divides by zero on dead channels.
         warnings.simplefilter("ignore", RuntimeWarning)
-        rows = [sizes_row(size, channels, repeats) for size, channels in SIZES.items()]
-        rows.append(dead_row(repeats))
-    if torch.cuda.is_available():
-        rows += [cuda_row(size, repeats) for size in SIZES]
-    return rows
+        if settings.device == "cuda":
+            return [cuda_row(size, rounds) for size in sizes]
+        rows = [sizes_row(size, channels, rounds) for size, channels in sizes.items()]
+        return [*rows, dead_row(sizes[DEAD_SIZE], rounds)]
 
 
-def sizes_row(size: int, n_channels: int, repeats: int) -> dict[str, Any]:
+def activations_of(size: int) -> Tensor:
+    return conv_activations((BATCH, CHANNELS, size, size))
+
+
+def sizes_row(size: int, n_channels: int, rounds: int) -> dict[str, Any]:
     """A layer without dead channels."""
-    activations = conv_activations(size)
-    ours, theirs = [], []
-    for _ in range(repeats):
-        ours.append(timed(lambda: rena(activations, CLUSTERS)) / CHANNELS)
-        theirs.append(
-            timed(lambda: [nilearn_rena(activations[:, c]) for c in range(n_channels)]) / n_channels
-        )
-    row = compared(f"{size}x{size}", ours, theirs)
-    return row | {"nilearn_channels": n_channels, "variance_ratio": variance_ratio(activations)}
+    activations = activations_of(size)
+    times = paired(
+        {
+            "ours": lambda: rena(activations, CLUSTERS),
+            "nilearn": lambda: [nilearn_rena(activations[:, c]) for c in range(n_channels)],
+        },
+        rounds,
+        warm_up=1,
+    )
+    return {
+        "case": f"{size}x{size}",
+        "nilearn_channels": n_channels,
+        "variance_ratio": variance_ratio(activations),
+        **compared(weighted((CHANNELS / n_channels, times["nilearn"])), times["ours"]),
+    }
 
 
 def variance_ratio(activations: Tensor) -> float:
@@ -109,77 +85,81 @@ def variance_ratio(activations: Tensor) -> float:
     return ours / theirs
 
 
-def dead_row(repeats: int) -> dict[str, Any]:
+def within_cluster_variance(channel: Tensor, labels: Tensor) -> float:
+    """Sum of the squared distances to the cluster means of one channel, (B, H, W)."""
+    pixels = channel.flatten(1).T.double()
+    member = F.one_hot(labels.flatten().long()).double()
+    means = member.T @ pixels / member.sum(0)[:, None]
+    return float((pixels - member @ means).square().sum())
+
+
+def dead_row(n_alive: int, rounds: int) -> dict[str, Any]:
     """A layer with dead channels, on which nilearn goes through all of its rounds."""
-    activations = conv_activations(DEAD_SIZE)
+    activations = activations_of(DEAD_SIZE)
     activations[:, :DEAD_CHANNELS] = 0
-    n_alive = SIZES[DEAD_SIZE]
-    ours, theirs = [], []
-    for _ in range(repeats):
-        ours.append(timed(lambda: rena(activations, CLUSTERS)) / CHANNELS)
-        dead = timed(lambda: nilearn_rena(activations[:, 0]))
-        alive = range(DEAD_CHANNELS, DEAD_CHANNELS + n_alive)
-        each = timed(lambda alive=alive: [nilearn_rena(activations[:, c]) for c in alive]) / n_alive
-        total = DEAD_CHANNELS * dead + (CHANNELS - DEAD_CHANNELS) * each
-        theirs.append(total / CHANNELS)
-    name = f"{DEAD_SIZE}x{DEAD_SIZE}, {DEAD_CHANNELS} of {CHANNELS} channels dead"
-    return compared(name, ours, theirs) | {"nilearn_channels": 1 + n_alive}
-
-
-def cuda_row(size: int, repeats: int) -> dict[str, Any]:
-    """The same on a GPU against one CPU thread; synchronized before and after."""
-    activations = conv_activations(size)
-    on_gpu = activations.cuda()
-
-    def gpu() -> None:
-        rena(on_gpu, CLUSTERS)
-        torch.cuda.synchronize()
-
-    gpu()
-    ours, cpu = [], []
-    for _ in range(repeats):
-        ours.append(timed(gpu) / CHANNELS)
-        with one_thread():
-            cpu.append(timed(lambda: rena(activations, CLUSTERS)) / CHANNELS)
-    return compared(f"{size}x{size} on {torch.cuda.get_device_name()}", ours, cpu, "cpu")
-
-
-def compared(
-    case: str, ours: list[float], other: list[float], name: str = "nilearn"
-) -> dict[str, Any]:
-    """A row from paired times in milliseconds per channel."""
-    ratios = [b / a for a, b in zip(ours, other, strict=True)]
+    alive = range(DEAD_CHANNELS, DEAD_CHANNELS + n_alive)
+    times = paired(
+        {
+            "ours": lambda: rena(activations, CLUSTERS),
+            "dead": lambda: nilearn_rena(activations[:, 0]),
+            "alive": lambda: [nilearn_rena(activations[:, c]) for c in alive],
+        },
+        rounds,
+        warm_up=1,
+    )
+    each_alive = (CHANNELS - DEAD_CHANNELS) / n_alive
+    nilearn = weighted((DEAD_CHANNELS, times["dead"]), (each_alive, times["alive"]))
     return {
-        "benchmark": "rena",
-        "case": case,
-        "ms_per_channel": statistics.median(ours),
-        f"{name}_ms_per_channel": statistics.median(other),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "repeats": len(ratios),
+        "case": f"{DEAD_SIZE}x{DEAD_SIZE}, {DEAD_CHANNELS} of {CHANNELS} channels dead",
+        "nilearn_channels": 1 + n_alive,
+        **compared(nilearn, times["ours"]),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7, help="paired measurements per case")
-    rows = run(parser.parse_args().repeats)
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"nilearn {nilearn.__version__}; batch {BATCH}, {CHANNELS} channels, {CLUSTERS} clusters"
-    )
-    for row in rows:
-        other = row.get("nilearn_ms_per_channel", row.get("cpu_ms_per_channel"))
-        line = (
-            f"{row['case']:34s} {row['ms_per_channel']:7.3f} ms/channel against {other:8.2f}: "
-            f"{row['ratio']:6.1f} x ({row['ratio_min']:.1f} .. {row['ratio_max']:.1f}, "
-            f"n = {row['repeats']})"
-        )
-        if "variance_ratio" in row:
-            line += f", variance {row['variance_ratio']:.3f} of nilearn's"
-        print(line)
+def cuda_row(size: int, rounds: int) -> dict[str, Any]:
+    """On a GPU against one CPU thread."""
+    activations = activations_of(size)
+    on_gpu = activations.cuda()
+    functions = {
+        "cpu": lambda: rena(activations, CLUSTERS),
+        "gpu": lambda: rena(on_gpu, CLUSTERS),
+    }
+    times = paired(functions, rounds, device="cuda")
+    return {"case": f"{size}x{size}", **compared(times["cpu"], times["gpu"])}
+
+
+def other_name(rows: list[dict[str, Any]]) -> str:
+    return "nilearn" if "nilearn_channels" in rows[0] else "one CPU thread"
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    ratios = "; ".join(f"{row['ratio']['median']:.1f} at {row['case']}" for row in rows)
+    return f"ReNA of all channels, {other_name(rows)} over ours: {ratios}."
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    name = other_name(rows)
+    return [
+        f"Batch {BATCH}, {CHANNELS} channels, {CLUSTERS} clusters; {rows[0]['repeats']} rounds. "
+        "The variance is that within our clusters over that within nilearn's.",
+        "",
+        *table(
+            ["maps", "ours, all channels", f"{name} / ours", "processor time", "variance"],
+            [
+                [
+                    row["case"],
+                    milliseconds(row["other_ms"]),
+                    ratio(row["ratio"], 1),
+                    f"{row['processor_ratio']:.1f}",
+                    f"{row['variance_ratio']:.3f}" if "variance_ratio" in row else "-",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks._suite import alone
+
+    alone("rena")

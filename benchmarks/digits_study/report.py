@@ -65,7 +65,7 @@ def write(rows: list[dict[str, str]]) -> None:
 
 
 def _circumstances() -> str:
-    found = circumstances("digits_study")
+    found = circumstances("benchmarks.digits_study")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"{found['hardware']}; {versions}"
 

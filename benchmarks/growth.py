@@ -1,0 +1,143 @@
+"""How times grow with the pixels, channels and images of the activations, and with the clusters.
+
+    python -m benchmarks.growth [--repeats N] [--quick] [--device cuda]
+
+Forward and backward of DropCluster and of DropBlock, and a fit of DropCluster's clusters. One size
+moves, the others stay; the sizes of a curve take turns. A slope of 1 on the two logarithmic axes is
+growth in proportion.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import isqrt, log
+from statistics import linear_regression
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._models import conv_activations
+from benchmarks._settings import Settings
+from benchmarks._text import milliseconds, table
+from benchmarks._timing import one_thread, paired, spread
+from timm_structdrop.layers import DropBlock2d, DropCluster2d
+
+TITLE = "Growth"
+FIT, CLUSTER, BLOCK = "DropCluster, a fit", "DropCluster, a step", "DropBlock, a step"
+BASE = {"pixels": 32 * 32, "channels": 32, "images": 32, "clusters": 15}
+AXES = {
+    "pixels": (8**2, 16**2, 32**2, 64**2, 128**2),
+    "channels": (8, 16, 32, 64, 128, 256, 512),
+    "images": (8, 16, 32, 64, 128, 256, 512),
+    "clusters": (2, 4, 8, 16, 32, 64, 128, 256),
+}
+BLOCK_SIZE = 7
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """One row per curve: what is timed, along which size, the times and the slopes."""
+    with one_thread():
+        return [row for axis in AXES for row in axis_rows(axis, settings)]
+
+
+def axis_rows(axis: str, settings: Settings) -> list[dict[str, Any]]:
+    values = settings.pick(AXES[axis], AXES[axis][:3])
+    functions: dict[tuple[str, int], Callable[[], object]] = {}
+    for value in values:
+        for what, function in timed({**BASE, axis: value}, settings.device).items():
+            if axis != "clusters" or what != BLOCK:
+                functions[what, value] = function
+    names = {f"{what} {value}": function for (what, value), function in functions.items()}
+    times = paired(names, settings.rounds(7), warm_up=1, device=settings.device)
+    rows = []
+    for what in (FIT, CLUSTER, BLOCK):
+        found = {v: spread(times[f"{what} {v}"].elapsed) for w, v in functions if w == what}
+        if found:
+            medians = [times_of["median"] for times_of in found.values()]
+            rows.append(
+                {
+                    "axis": axis,
+                    "what": what,
+                    "values": list(found),
+                    "ms": list(found.values()),
+                    "slope": slope(list(found), medians),
+                    "last_slope": slope(list(found)[-2:], medians[-2:]),
+                    "base": BASE,
+                    "repeats": settings.rounds(7),
+                }
+            )
+    return rows
+
+
+def timed(sizes: dict[str, int], device: str) -> dict[str, Callable[[], object]]:
+    """The functions to time on activations of these sizes."""
+    side = isqrt(sizes["pixels"])
+    shape = (sizes["images"], sizes["channels"], side, side)
+    x = conv_activations(shape).to(device)
+    cluster = DropCluster2d(sizes["channels"], (side, side), n_clusters=sizes["clusters"])
+    cluster = cluster.to(device).train()
+    cluster.fit(x)
+    leaf, weights = x.clone().requires_grad_(), torch.ones_like(x)
+    return {
+        FIT: partial(cluster.fit, x),
+        CLUSTER: partial(forward_and_backward, cluster, leaf, weights),
+        BLOCK: partial(forward_and_backward, DropBlock2d(0.1, BLOCK_SIZE).train(), leaf, weights),
+    }
+
+
+def forward_and_backward(layer: torch.nn.Module, x: Tensor, weights: Tensor) -> None:
+    x.grad = None
+    layer(x).backward(weights)
+
+
+def slope(values: list[int], times: list[float]) -> float:
+    """Of the least squares line through the logarithms."""
+    return linear_regression(list(map(log, values)), list(map(log, times))).slope
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    steepest = max(rows, key=lambda row: row["last_slope"])
+    return (
+        "Growth of times, slope on logarithmic axes (1 is in proportion): at most "
+        f"{steepest['slope']:.2f} over all, {steepest['last_slope']:.2f} at the large end "
+        f"({steepest['what']}, {steepest['axis']})."
+    )
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    base = rows[0]["base"]
+    side = isqrt(base["pixels"])
+    return [
+        f"Beside the size that moves: {base['images']} images, {base['channels']} channels, "
+        f"{side}x{side} pixels, {base['clusters']} clusters, blocks of {BLOCK_SIZE}. A step is "
+        f"forward and backward. Medians of {rows[0]['repeats']} rounds; the slope of all points, "
+        "and that of the last two.",
+        "",
+        *table(
+            ["along", "what", "from", "to", "slope", "at the end"],
+            [
+                [
+                    row["axis"],
+                    row["what"],
+                    f"{milliseconds(row['ms'][0])} at {row['values'][0]}",
+                    f"{milliseconds(row['ms'][-1])} at {row['values'][-1]}",
+                    f"{row['slope']:.2f}",
+                    f"{row['last_slope']:.2f}",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+
+
+def draw(rows: list[dict[str, Any]]) -> Any:
+    """A panel for each axis; a matplotlib figure."""
+    from benchmarks._growth_picture import draw_growth
+
+    return draw_growth(rows)
+
+
+if __name__ == "__main__":
+    from benchmarks._suite import alone
+
+    alone("growth")
