@@ -423,7 +423,9 @@ def test_the_target_is_held_without_its_graph():
         ({"n_channels": 0}, r"n_channels must be .* \(0, 1\] or None; got 0"),
         ({"n_channels": 1.5}, r"n_channels must be .* \(0, 1\] or None; got 1.5"),
         ({"n_channels": math.nan}, r"n_channels must be .* \(0, 1\] or None; got nan"),
+        ({"n_channels": "few"}, r"n_channels must be .* \(0, 1\] or None; got 'few'"),
         ({"n_pixels": 0}, "n_pixels must be an integer of at least 1 or None; got 0"),
+        ({"n_pixels": "few"}, "n_pixels must be an integer of at least 1 or None; got 'few'"),
         ({"drop_prob": 1.0}, r"drop_prob must be in \[0, 1\); got 1.0"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -352,6 +354,10 @@ def test_compiled_it_takes_maps_of_any_size():
         ({"gamma": "best"}, "gamma must be 'exact' or 'paper'; got 'best'"),
         ({"gamma_scale": 0.0}, r"gamma_scale must be in \(0, 1\]; got 0.0"),
         ({"gamma_scale": 4.0}, r"gamma_scale must be in \(0, 1\]; got 4.0"),
+        ({"drop_prob": [0.1]}, r"drop_prob must be a number in \[0, 1\); got \[0.1\]"),
+        ({"block_size": [3]}, r"block_size must be an integer of at least 1; got \[3\]"),
+        ({"gamma": ["exact"]}, r"gamma must be 'exact' or 'paper'; got \['exact'\]"),
+        ({"gamma_scale": "all"}, r"gamma_scale must be a number in \(0, 1\]; got 'all'"),
     ],
 )
 def test_wrong_settings_state_the_rule_and_the_value(settings, message):
@@ -359,6 +365,18 @@ def test_wrong_settings_state_the_rule_and_the_value(settings, message):
         DropBlock2d(**settings)
     with pytest.raises(ValueError, match=message):
         drop_block_2d(torch.ones(1, 1, 4, 4), **settings)
+
+
+def test_numbers_may_come_from_numpy_and_whole_ones_as_floats():
+    x = torch.ones(2, 3, 8, 8)
+    settings = {"drop_prob": np.array(0.2), "block_size": 3.0}
+    layer = DropBlock2d(**settings)
+    assert layer.settings() == DropBlock2d(0.2, 3).settings()
+    for drop in (layer, partial(drop_block_2d, **settings)):
+        torch.manual_seed(0)
+        dropped = drop(x)
+        torch.manual_seed(0)
+        assert torch.equal(dropped, drop_block_2d(x, 0.2, 3))
 
 
 def test_an_input_without_four_dimensions_is_refused():

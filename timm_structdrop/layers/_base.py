@@ -9,22 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StructDropLayer", "check_drop_prob"]
+from timm_structdrop.layers._check import check_drop_prob
 
-
-def check_drop_prob(drop_prob: float) -> float:
-    """The rate as a float.
-
-    Raises:
-        ValueError: ``drop_prob`` is not a number in [0, 1).
-    """
-    try:
-        rate = float(drop_prob)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"drop_prob must be a number in [0, 1); got {drop_prob!r}") from error
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"drop_prob must be in [0, 1); got {drop_prob}")
-    return rate
+__all__ = ["StructDropLayer"]
 
 
 class StructDropLayer(nn.Module):

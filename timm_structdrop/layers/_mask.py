@@ -1,9 +1,13 @@
 """The one definition of "rescale what is kept"."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-__all__ = ["apply_mask", "bernoulli_scale", "kept_scale"]
+from timm_structdrop.layers._check import check_drop_prob
+
+__all__ = ["apply_mask", "bernoulli_scale", "drop_alike", "kept_scale"]
 
 
 def kept_scale(mask: Tensor) -> Tensor:
@@ -32,3 +36,28 @@ def bernoulli_scale(shape: tuple[int, ...], drop_prob: float | Tensor, like: Ten
     # float32 whatever the activations: float16 uniforms would round the rate
     kept = torch.rand(shape, device=like.device, dtype=torch.float32) >= drop_prob
     return (kept / (1.0 - drop_prob)).to(like.dtype)
+
+
+def drop_alike(
+    x: Tensor, n_dims: int, drop_prob: float | Tensor = 0.1, training: bool = True
+) -> Tensor:
+    """Drop what the first dimensions of ``x`` index, with all of its units: samples, channels.
+
+    Args:
+        x: activations of any shape.
+        n_dims: how many dimensions have a draw each: 1 drops samples, 2 their channels.
+        drop_prob: p in [0, 1). A 0-d tensor is not checked.
+        training: if False, ``x`` is returned.
+
+    Returns:
+        ``x`` times :func:`bernoulli_scale` of the shape (B, ..., 1, ..., 1).
+
+    Raises:
+        ValueError: p is a float outside [0, 1).
+    """
+    if not isinstance(drop_prob, Tensor):
+        drop_prob = check_drop_prob(drop_prob)
+    if not training:
+        return x
+    shape = (*x.shape[:n_dims], *[1] * (x.ndim - n_dims))
+    return x * bernoulli_scale(shape, drop_prob, x)

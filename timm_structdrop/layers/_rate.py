@@ -22,41 +22,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from timm_structdrop.layers._base import check_drop_prob
+from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer
 
-__all__ = ["check_block_size", "paper_rate", "seed_rate", "seed_rate_tensor"]
+__all__ = ["paper_rate", "seed_rate", "seed_rate_tensor"]
 
 # 4 steps were seen to reach 2e-11 over maps up to 224 x 224, blocks up to 150 and p up to 1 - 1e-6
 STEPS = 4
 MAX_STEPS = 30
-
-
-def check_block_size(block_size: int) -> int:
-    """The block size as an int.
-
-    Raises:
-        ValueError: ``block_size`` is not an integer of at least 1.
-    """
-    try:
-        whole = int(block_size)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"block_size must be an integer of at least 1; got {block_size!r}"
-        ) from error
-    if block_size != whole or whole < 1:
-        raise ValueError(f"block_size must be an integer of at least 1; got {block_size!r}")
-    return whole
-
-
-def check_seeds(seeds: str) -> str:
-    """``seeds`` if it says where seeds may fall.
-
-    Raises:
-        ValueError: ``seeds`` is neither ``"valid"`` nor ``"all"``.
-    """
-    if seeds not in ("valid", "all"):
-        raise ValueError(f"seeds must be 'valid' or 'all'; got {seeds!r}")
-    return seeds
 
 
 def seed_rate(p: float, size: tuple[int, int], block_size: int = 7, seeds: str = "valid") -> float:
@@ -83,9 +55,9 @@ def seed_rate(p: float, size: tuple[int, int], block_size: int = 7, seeds: str =
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"size must be (H, W) of at least 1; got {tuple(size)}")
-    return _solve(
-        check_drop_prob(p), height, width, check_block_size(block_size), check_seeds(seeds)
-    )
+    block_size = check_integer("block_size", block_size)
+    check_choice("seeds", seeds, ("valid", "all"))
+    return _solve(check_drop_prob(p), height, width, block_size, seeds)
 
 
 def paper_rate(p: float | Tensor, size: tuple[int, int], block_size: int = 7) -> float | Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
+from timm_structdrop.layers._base import StructDropLayer
 from timm_structdrop.layers._blocks import clamp_block, grow_blocks
+from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer, check_maps
 from timm_structdrop.layers._few_maps import drop_in_maps
 from timm_structdrop.layers._fork import ForkAware
 from timm_structdrop.layers._guide import (
@@ -18,7 +19,7 @@ from timm_structdrop.layers._guide import (
     highest,
     inner_seeds,
 )
-from timm_structdrop.layers._rate import check_block_size, paper_rate
+from timm_structdrop.layers._rate import paper_rate
 from timm_structdrop.layers._registry import register
 from timm_structdrop.layers._sparse import may_look_at_data
 from timm_structdrop.layers._tell import tell
@@ -89,11 +90,10 @@ def cam_drop_2d(
     Raises:
         ValueError: a setting is out of range, or ``x`` or ``alpha`` does not have its shape.
     """
-    check_block_size(block_size)
+    block_size = check_integer("block_size", block_size)
     _check_choices(guide=guide, channels=channels, rank=rank, seed_rate=seed_rate)
-    _check_numbers(n_channels, n_pixels)
-    if x.ndim != 4:
-        raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
+    n_channels, n_pixels = _check_n_channels(n_channels), _check_n_pixels(n_pixels)
+    check_maps(x)
     if not isinstance(drop_prob, Tensor):
         drop_prob = check_drop_prob(drop_prob)
         if drop_prob == 0.0:
@@ -153,20 +153,22 @@ def _grow(
 
 def _check_choices(**settings: str) -> None:
     for name, value in settings.items():
-        if value not in CHOICES[name]:
-            valid = " or ".join(map(repr, CHOICES[name]))
-            raise ValueError(f"{name} must be {valid}; got {value!r}")
+        check_choice(name, value, CHOICES[name])
 
 
-def _check_numbers(n_channels: int | float | None, n_pixels: int | None) -> None:
-    fraction = isinstance(n_channels, float)
-    if n_channels is not None and not (0.0 < n_channels <= 1.0 if fraction else n_channels >= 1):
-        raise ValueError(
-            "n_channels must be an integer of at least 1, a fraction of the channels in (0, 1] or "
-            f"None; got {n_channels}"
-        )
-    if n_pixels is not None and (n_pixels != int(n_pixels) or n_pixels < 1):
-        raise ValueError(f"n_pixels must be an integer of at least 1 or None; got {n_pixels}")
+def _check_n_channels(n_channels: int | float | None) -> int | float | None:
+    if n_channels is None or (isinstance(n_channels, float) and 0.0 < n_channels <= 1.0):
+        return n_channels
+    rule = "an integer of at least 1, a fraction of the channels in (0, 1] or None"
+    if isinstance(n_channels, float):
+        raise ValueError(f"n_channels must be {rule}; got {n_channels}")
+    return check_integer("n_channels", n_channels, rule)
+
+
+def _check_n_pixels(n_pixels: int | None) -> int | None:
+    if n_pixels is None:
+        return None
+    return check_integer("n_pixels", n_pixels, "an integer of at least 1 or None")
 
 
 @register(
@@ -214,12 +216,11 @@ class CamDrop2d(StructDropLayer, ForkAware):
     ) -> None:
         super().__init__(drop_prob)
         _check_choices(guide=guide, channels=channels, rank=rank, seed_rate=seed_rate)
-        _check_numbers(n_channels, n_pixels)
-        self.block_size = check_block_size(block_size)
+        self.block_size = check_integer("block_size", block_size)
         self.guide = guide
         self.channels = channels
-        self.n_channels = n_channels
-        self.n_pixels = n_pixels
+        self.n_channels = _check_n_channels(n_channels)
+        self.n_pixels = _check_n_pixels(n_pixels)
         self.rank = rank
         self.seed_rate = seed_rate
         self.needs_target = guide == "cam"

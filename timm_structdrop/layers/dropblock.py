@@ -10,10 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
+from timm_structdrop.layers._base import StructDropLayer
 from timm_structdrop.layers._blocks import clamp_block, grow_blocks
+from timm_structdrop.layers._check import (
+    check_choice,
+    check_drop_prob,
+    check_fraction,
+    check_integer,
+    check_maps,
+)
 from timm_structdrop.layers._mask import apply_mask
-from timm_structdrop.layers._rate import check_block_size, paper_rate, seed_rate, seed_rate_tensor
+from timm_structdrop.layers._rate import paper_rate, seed_rate, seed_rate_tensor
 from timm_structdrop.layers._registry import register
 from timm_structdrop.layers._sparse import drop_sparse_blocks, may_look_at_data
 
@@ -56,14 +63,17 @@ def drop_block_2d(
     Raises:
         ValueError: a setting is out of range or ``x`` is not (B, C, H, W).
     """
-    if x.ndim != 4:
-        raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
+    check_maps(x)
     size = (x.shape[2], x.shape[3])
     if isinstance(drop_prob, Tensor) or torch.compiler.is_compiling():
+        block_size = check_integer("block_size", block_size)
         rate = _rate_in_graph(drop_prob, size, block_size, gamma, gamma_scale, x.device)
         block = clamp_block(block_size, size)
         return drop_dense_blocks(x, block, rate, couple_channels) if training else x
-    plan = _plan(drop_prob, size, block_size, gamma, gamma_scale, couple_channels)
+    try:
+        plan = _known_plan(drop_prob, size, block_size, gamma, gamma_scale, couple_channels)
+    except TypeError:  # an argument that cannot be looked up: an array of numpy, or a mistake
+        plan = _plan(drop_prob, size, block_size, gamma, gamma_scale, couple_channels)
     if not training or plan.rate == 0.0:
         return x
     if plan.quick is not None and may_look_at_data(x):
@@ -125,8 +135,6 @@ class _Plan(NamedTuple):
     quick: Callable[[Tensor, tuple[int, int], float], Tensor] | None
 
 
-# one look-up in the place of a dozen small checks, which together cost as much as a small mask
-@lru_cache(maxsize=1024)
 def _plan(
     drop_prob: float,
     size: tuple[int, int],
@@ -135,7 +143,7 @@ def _plan(
     gamma_scale: float,
     couple_channels: bool,
 ) -> _Plan:
-    check_block_size(block_size)
+    block_size = check_integer("block_size", block_size)
     _check_gamma(gamma, gamma_scale)
     drop_prob = check_drop_prob(drop_prob)
     rate_of = paper_rate if gamma == "paper" else seed_rate
@@ -150,6 +158,10 @@ def _plan(
     return _Plan(block, rate, quick)
 
 
+# one look-up in the place of a dozen small checks, which together cost as much as a small mask
+_known_plan = lru_cache(maxsize=1024)(_plan)
+
+
 def _rate_in_graph(
     drop_prob: float | Tensor,
     size: tuple[int, int],
@@ -159,7 +171,6 @@ def _rate_in_graph(
     device: torch.device,
 ) -> float | Tensor:
     """The seed rate as a 0-d tensor, so that ``torch.compile`` does not specialise on it."""
-    check_block_size(block_size)
     _check_gamma(gamma, gamma_scale)
     if not isinstance(drop_prob, Tensor):
         drop_prob = torch.full((), check_drop_prob(drop_prob), device=device, dtype=torch.float32)
@@ -173,10 +184,8 @@ def _places(size: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_gamma(gamma: str, gamma_scale: float) -> None:
-    if gamma not in ("exact", "paper"):
-        raise ValueError(f"gamma must be 'exact' or 'paper'; got {gamma!r}")
-    if not 0.0 < gamma_scale <= 1.0:
-        raise ValueError(f"gamma_scale must be in (0, 1]; got {gamma_scale}")
+    check_choice("gamma", gamma, ("exact", "paper"))
+    check_fraction("gamma_scale", gamma_scale, "(0, 1]")
 
 
 @register(
@@ -208,7 +217,7 @@ class DropBlock2d(StructDropLayer):
     ) -> None:
         super().__init__(drop_prob)
         _check_gamma(gamma, gamma_scale)
-        self.block_size = check_block_size(block_size)
+        self.block_size = check_integer("block_size", block_size)
         self.gamma = gamma
         self.couple_channels = couple_channels
         self.gamma_scale = gamma_scale

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
-from timm_structdrop.layers._mask import bernoulli_scale
+from timm_structdrop.layers._base import StructDropLayer
+from timm_structdrop.layers._check import check_drop_prob
+from timm_structdrop.layers._mask import drop_alike
 from timm_structdrop.layers._registry import register
 
 __all__ = ["UnitDropout2d", "unit_dropout_2d"]
@@ -28,7 +29,7 @@ def unit_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool =
         ValueError: p is a float outside [0, 1).
     """
     if isinstance(drop_prob, Tensor):
-        return x * bernoulli_scale(tuple(x.shape), drop_prob, x) if training else x
+        return drop_alike(x, x.ndim, drop_prob, training)
     drop_prob = check_drop_prob(drop_prob)
     return F.dropout(x, drop_prob) if training else x
 

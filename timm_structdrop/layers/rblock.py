@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from timm_structdrop.errors import nearest
-from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
+from timm_structdrop.layers._base import StructDropLayer
+from timm_structdrop.layers._check import check_drop_prob, check_integer, check_maps
 from timm_structdrop.layers._fork import ForkAware, halves
-from timm_structdrop.layers._mask import bernoulli_scale
-from timm_structdrop.layers._rate import check_block_size
+from timm_structdrop.layers._mask import drop_alike
 from timm_structdrop.layers._registry import register
 from timm_structdrop.layers._submodels import b_drop_dml, drop, one_of_both, s_drop_dml
 from timm_structdrop.layers.dropblock import drop_block_2d
@@ -70,14 +70,14 @@ def r_block_2d(
             is not (B, C, H, W) where it must be.
     """
     check_sub_models(sub_models)
-    check_block_size(block_size)
+    block_size = check_integer("block_size", block_size)
     check_gamma(gamma)
     if not isinstance(drop_prob, Tensor):
         drop_prob = check_drop_prob(drop_prob)
         if torch.compiler.is_compiling():
             drop_prob = torch.full((), drop_prob, device=x.device, dtype=torch.float32)
-    if x.ndim != 4 and sub_models not in HEAD_SUB_MODELS:
-        raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
+    if sub_models not in HEAD_SUB_MODELS:
+        check_maps(x)
     if forked:
         halves(x)
     if not training:
@@ -85,11 +85,11 @@ def r_block_2d(
     if sub_models == "r-dropblock":
         return drop_block_2d(x, drop_prob, block_size, gamma or "exact")
     if sub_models == "r-spatialdropout":
-        return x * bernoulli_scale((*x.shape[:2], 1, 1), drop_prob, x)
+        return drop_alike(x, 2, drop_prob)
     if sub_models == "c-drop" and forked:
         return _c_drop(x, drop_prob)
     if sub_models in HEAD_SUB_MODELS:
-        return x * bernoulli_scale(tuple(x.shape), drop_prob, x)
+        return drop_alike(x, x.ndim, drop_prob)
     batch, channels, height, width = x.shape
     shape = (batch // 2 if forked else batch, channels, height, width)
     if sub_models == "bdropdml":
@@ -164,7 +164,7 @@ class RBlock2d(StructDropLayer, ForkAware):
     ) -> None:
         super().__init__(drop_prob)
         self.sub_models = check_sub_models(sub_models)
-        self.block_size = check_block_size(block_size)
+        self.block_size = check_integer("block_size", block_size)
         self.gamma = check_gamma(gamma)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
-from timm_structdrop.layers._mask import bernoulli_scale
+from timm_structdrop.layers._base import StructDropLayer
+from timm_structdrop.layers._check import check_maps
+from timm_structdrop.layers._mask import drop_alike
 from timm_structdrop.layers._registry import register
 
 __all__ = ["SpatialDropout2d", "spatial_dropout_2d"]
@@ -26,13 +27,8 @@ def spatial_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: boo
     Raises:
         ValueError: p is a float outside [0, 1), or ``x`` is not of four dimensions.
     """
-    if x.ndim != 4:
-        raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
-    if not isinstance(drop_prob, Tensor):
-        drop_prob = check_drop_prob(drop_prob)
-    if not training:
-        return x
-    return x * bernoulli_scale((*x.shape[:2], 1, 1), drop_prob, x)
+    check_maps(x)
+    return drop_alike(x, 2, drop_prob, training)
 
 
 @register(

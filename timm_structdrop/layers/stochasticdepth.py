@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer, check_drop_prob
-from timm_structdrop.layers._mask import bernoulli_scale
+from timm_structdrop.layers._base import StructDropLayer
+from timm_structdrop.layers._mask import drop_alike
 from timm_structdrop.layers._registry import register
 
 __all__ = ["StochasticDepth", "stochastic_depth"]
@@ -29,11 +29,7 @@ def stochastic_depth(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool 
     Raises:
         ValueError: p is a float outside [0, 1).
     """
-    if not isinstance(drop_prob, Tensor):
-        drop_prob = check_drop_prob(drop_prob)
-    if not training:
-        return x
-    return x * bernoulli_scale((len(x), *[1] * (x.ndim - 1)), drop_prob, x)
+    return drop_alike(x, 1, drop_prob, training)
 
 
 @register(
