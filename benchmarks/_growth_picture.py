@@ -30,6 +30,7 @@ def draw_growth(rows: list[dict[str, Any]]) -> Any:
         panel.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
+        panel.set_xlim(values[0] / 1.3, values[-1] * (values[-1] / values[0]) ** 0.14)
     for panel in panels[:, 0]:
         panel.set_ylabel("milliseconds")
     handles, labels = panels[0, 0].get_legend_handles_labels()

@@ -23,6 +23,7 @@ from benchmarks._timing import compared, one_thread, paired
 from timm_structdrop.layers import _few_maps, camdrop
 
 TITLE = "CamDrop's parts"
+ARCHITECTURE = "resnet50"
 CPU_ONLY = True  # processor time says nothing of what a GPU does
 SHAPES = ((16, 3, 128, 128), (8, 3, 224, 224))
 QUICK_SHAPES = ((4, 3, 64, 64),)
@@ -74,13 +75,14 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 
 
 def row(shape: tuple[int, int, int, int], settings: Settings) -> dict[str, Any]:
-    steps = {name: make_step(name, shape) for name in ("resnet50", "resnet50_camdrop")}
+    names = {"plain": ARCHITECTURE, "camdrop": f"{ARCHITECTURE}_camdrop"}
+    steps = {kind: make_step(name, shape) for kind, name in names.items()}
     rounds = settings.rounds(5)
     times = paired(steps, rounds, warm_up=1)
     return {
         "shape": shape,
-        **compared(times["resnet50_camdrop"], times["resnet50"]),
-        "shares": shares(steps["resnet50_camdrop"], rounds),
+        **compared(times["camdrop"], times["plain"]),
+        "shares": shares(steps["camdrop"], rounds),
     }
 
 
@@ -90,14 +92,14 @@ def headline(rows: list[dict[str, Any]]) -> str:
         f"{row['shape'][2]} px"
         for row in rows
     )
-    return f"CamDrop's own code, of its ResNet-50 step: {found}."
+    return f"CamDrop's own code, of its {ARCHITECTURE} step: {found}."
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
     parts = list(rows[0]["shares"])
     return [
-        f"ResNet-50; {rows[0]['repeats']} rounds; parts in percent of the CamDrop step's processor "
-        "time.",
+        f"{ARCHITECTURE}; {rows[0]['repeats']} rounds; parts in percent of the CamDrop step's "
+        "processor time.",
         "",
         *table(
             ["batch", "plain step", "step / plain step", "processor time", *parts, "together"],

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers.drop import DropBlock2d as TimmDropBlock2d
+from timm.layers import DropBlock2d as TimmDropBlock2d
 from torch import Tensor
 from torchvision.ops import drop_block2d as torchvision_drop_block
 

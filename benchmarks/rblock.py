@@ -19,6 +19,7 @@ from benchmarks._timing import compared, one_thread, paired
 from timm_structdrop.layers import Fork
 
 TITLE = "R-Block's fork"
+ARCHITECTURE = "resnet50"
 SHAPE, QUICK_SHAPE = (16, 3, 128, 128), (4, 3, 64, 64)
 SUB_MODELS = ("sdropdml", "bdropdml")
 
@@ -43,10 +44,10 @@ class Concatenated(nn.Module):
 def run(settings: Settings) -> list[dict[str, Any]]:
     """One row per construction of the sub models and step it is compared with."""
     shape, device = settings.pick(SHAPE, QUICK_SHAPE), settings.device
-    steps = {"plain": make_step("resnet50", shape, device)}
+    steps = {"plain": make_step(ARCHITECTURE, shape, device)}
     for name in SUB_MODELS:
-        steps[name] = make_step("resnet50_rblock", shape, device, sub_models=name)
-        whole = Concatenated(timm.create_model("resnet50_rblock", sub_models=name))
+        steps[name] = make_step(f"{ARCHITECTURE}_rblock", shape, device, sub_models=name)
+        whole = Concatenated(timm.create_model(f"{ARCHITECTURE}_rblock", sub_models=name))
         steps[f"concatenated {name}"] = make_step(whole, shape, device)
     with one_thread():
         times = paired(steps, settings.rounds(5), warm_up=1, device=device)
@@ -63,13 +64,13 @@ def headline(rows: list[dict[str, Any]]) -> str:
         for row in rows
         if row["over"] == "concatenated"
     )
-    return f"R-Block's step over the one on the concatenated batch (ResNet-50): {found}."
+    return f"R-Block's step over the one on the concatenated batch ({ARCHITECTURE}): {found}."
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
     batch, _, height, width = rows[0]["shape"]
     return [
-        f"ResNet-50, batch {batch} at {height}x{width}; {rows[0]['repeats']} rounds.",
+        f"{ARCHITECTURE}, batch {batch} at {height}x{width}; {rows[0]['repeats']} rounds.",
         "",
         *table(
             ["sub models", "over the step", "its time", "R-Block / it", "processor time"],
