@@ -77,8 +77,6 @@ def start_logging(
 
 def check_flags(flags: argparse.Namespace) -> None:
     """What would otherwise fail after the work is done, or in the middle of it."""
-    if flags.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1; got {flags.batch_size}")
     if flags.amp and flags.model_dtype not in (None, "float32"):
         raise UserError(f"--amp needs --model-dtype float32; got {flags.model_dtype}")
     if flags.interpolation and flags.interpolation not in INTERPOLATIONS:

@@ -273,7 +273,7 @@ BAD = {
 BAD_INSPECT = {
     "maps": (["resnet18", *DIGITS, "--img-size", "4"], "maps must be at least 3x3"),
     "no cnn": (["resmlp_12_224", *DIGITS, "--structdrop", "x"], "must be one of"),
-    "threshold": (["lenet5", *DIGITS, "--threshold", "7"], "threshold must be in [0, 1]; got 7.0"),
+    "threshold": (["lenet5", *DIGITS, "--threshold", "7"], "--threshold must be in [0, 1]; got 7"),
     "batch": (["lenet5", *DIGITS, "--batch-size", "0"], "--batch-size must be at least 1; got 0"),
     "samples": (["lenet5", *DIGITS, "--num-samples", "-1"], "--num-samples must be at least 1"),
 }

@@ -62,6 +62,25 @@ def test_bugs_keep_their_traceback(bug):
     assert raised.value is bug
 
 
+def test_warnings_for_users_are_one_line_without_a_frame():
+    program = (
+        "import warnings\n"
+        "from timm_structdrop.errors import run_command\n"
+        "def main():\n"
+        "    warnings.warn('two\\nlines', stacklevel=1)\n"
+        "    warnings.warn('old', FutureWarning, stacklevel=1)\n"
+        "run_command(main)\n"
+        "warnings.warn('afterwards', stacklevel=1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    first, *others = done.stderr.splitlines()
+    assert first == "warning: two lines"
+    assert [line for line in others if "warning" in line.lower()] == [
+        "<string>:5: FutureWarning: old",
+        "<string>:7: UserWarning: afterwards",
+    ]
+
+
 def test_success_returns():
     done = []
     run_command(lambda: done.append(1))

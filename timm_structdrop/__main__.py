@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
 from importlib import import_module
 
-from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.errors import UserError, nearest, run_command
+from timm_structdrop.recipes import FlagParser
 
+PROGRAM = "python -m timm_structdrop"
 COMMANDS = {
     "list": "print the registered variants, the layers of a model, or the recipes",
     "inspect": "histograms and pictures of a model's activations and clusters, with the numbers",
@@ -19,24 +23,44 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m timm_structdrop", description="Structured dropout for timm."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = import_module(f"timm_structdrop.commands.{name}")
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_flags(command)
-        command.set_defaults(run=module.run)
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:end])
-    if end < len(argv):
+def main(argv: Sequence[str] | None = None) -> None:
+    name, *words = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(overview())
+        return
+    if name not in COMMANDS:
+        got = f"{name!r}{nearest(name, COMMANDS, n=1)}" if name else "none"
+        raise UserError(f"COMMAND must be one of {', '.join(COMMANDS)}; got {got}")
+    module = import_module(f"timm_structdrop.commands.{name}")
+    parser = FlagParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
+    module.add_flags(parser)
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_flags(words[:end])
+    if end < len(words):
         if not hasattr(args, "train_flags"):
-            raise UserError(f"{args.command} takes no flags behind --; got {argv[end + 1 :]}")
-        args.train_flags = argv[end + 1 :]
-    args.run(args)
+            raise UserError(f"{name} takes no flags behind --; got {words[end + 1 :]}")
+        args.train_flags = words[end + 1 :]
+    module.run(args)
+
+
+def overview() -> str:
+    """What there is, for ``--help``."""
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    lines = [
+        textwrap.fill(summary, width, initial_indent=f"  {name:9}", subsequent_indent=" " * 11)
+        for name, summary in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND ...",
+            "",
+            "Structured dropout for timm, beside train.py and validate.py. COMMAND is one of",
+            "",
+            *lines,
+            "",
+            "each of which has a --help of its own.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _USER_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
@@ -92,13 +95,15 @@ def is_users(error: BaseException) -> bool:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command's `main` and turn what a user did wrong into one line on stderr.
+    """Run a command's `main` and turn what a user did wrong into one line on stderr, and so what
+    they are warned of.
 
     Exit status: 2 after `error: <one line>`, 130 after Ctrl-C, 1 without a word when the reader of
     the output has gone (`... | head`). Any other exception is a bug and keeps its traceback.
     """
     try:
-        main()
+        with _plain_warnings():
+            main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -113,6 +118,24 @@ def run_command(main: Callable[[], object]) -> None:
             hear_no_more_of_workers()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings for users are one line; those for developers (deprecations and the like) keep their
+    file and line."""
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *where: Any, **source: Any) -> str:
+        if category is not UserWarning:
+            return usual(message, category, *where, **source)
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = plain  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _stdout_is_gone() -> bool:

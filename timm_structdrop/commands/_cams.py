@@ -16,8 +16,8 @@ from timm_structdrop.analysis import (
 )
 from timm_structdrop.commands._files import Files
 from timm_structdrop.commands._images import Subject, load_subject
-from timm_structdrop.commands.list import table
 from timm_structdrop.errors import UserError
+from timm_structdrop.words import table
 
 __all__ = ["add_cam_flags", "inspect_cams"]
 

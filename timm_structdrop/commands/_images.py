@@ -18,7 +18,7 @@ from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkp
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_data import input_settings
-from timm_structdrop.recipes.parser import Keywords
+from timm_structdrop.recipes.parser import Keywords, at_least, fraction
 from timm_structdrop.training import derive_seed, seed_everything
 
 __all__ = ["Subject", "add_subject_flags", "load_subject"]
@@ -84,30 +84,61 @@ def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: i
     add("--checkpoint", default="", metavar="PATH", help="weights: a file, or the folder of a run")
     add("--use-ema", action="store_true", help="the averaged weights of the checkpoint")
     add("--pretrained", action="store_true", help="the model's pretrained weights")
-    add("--num-classes", type=int, metavar="N", help="labels; the model's default if not given")
-    add("--img-size", type=int, metavar="N", help="image size; the model's default if not given")
-    add("--in-chans", type=int, metavar="N", help="image channels; the model's default")
-    add("--model-kwargs", nargs="*", default={}, action=Keywords, help="key=value ...")
+    add(
+        "--num-classes",
+        type=at_least(1),
+        metavar="N",
+        help="outputs of the model; its default if not given",
+    )
+    add(
+        "--img-size",
+        type=at_least(1),
+        metavar="N",
+        help="height and width of the images in pixels; the model's default if not given",
+    )
+    add(
+        "--in-chans",
+        type=at_least(1),
+        metavar="N",
+        help="channels of the images; the model's default if not given",
+    )
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=Keywords,
+        metavar="KEY=VALUE",
+        help="settings of the model and its regularizer, such as n_clusters=15",
+    )
     add(
         "--structdrop",
         action="append",
         metavar="NAME:KEY=VALUE,...",
         help="attach a regularizer to the model; may be repeated",
     )
-    add("--drop-block", type=float, metavar="P", help="rate of the structured layers")
+    add(
+        "--drop-block",
+        type=fraction,
+        metavar="P",
+        help="drop rate of the structured layers, below 1; the model's default if not given",
+    )
     add("--device", metavar="NAME", help="cpu, cuda, ...; cuda where there is one, else cpu")
     add = parser.add_argument_group("Images").add_argument
-    add("--dataset", metavar="NAME", help="digits, or timm's <type>/<name>; '' for a folder")
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="digits, tiny_imagenet, or timm's <type>/<name>; the checkpoint's if not given",
+    )
     add("--data-dir", metavar="DIR", help="folder of the data")
-    add("--split", default=split, metavar="NAME", help=f"which images ({split} if not given)")
+    add("--split", default=split, metavar="NAME", help="which of its images")
     add(
         "--num-images",
-        type=int,
+        type=at_least(1),
         default=num_images,
         metavar="N",
-        help=f"images drawn from the split ({num_images} if not given)",
+        help="images drawn at random from the split",
     )
-    add("--seed", type=int, default=42, metavar="S", help="of everything random (42)")
+    add("--seed", type=at_least(0), default=42, metavar="S", help="all randomness comes from it")
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
@@ -119,8 +150,6 @@ def load_subject(args: argparse.Namespace) -> Subject:
     Raises:
         UserError: a flag does not fit the model, or a file is not there or not right.
     """
-    if args.num_images < 1:
-        raise UserError(f"--num-images must be at least 1; got {args.num_images}")
     if args.checkpoint and args.pretrained:
         raise UserError("weights come from --checkpoint or from --pretrained; got both")
     device = _device(args.device)

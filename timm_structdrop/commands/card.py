@@ -38,12 +38,9 @@ MARK = "Description"  # of the PNG's text, where the picture says which clusters
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", default="hfcards", metavar="DIR", help="folder of the cards (hfcards)"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if a card is stale"
-    )
+    add = parser.add_argument
+    add("--output", default="hfcards", metavar="DIR", help="folder of the cards")
+    add("--check", action="store_true", help="write nothing; fail if a card is stale")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -38,41 +38,57 @@ from timm_structdrop.analysis import (
 from timm_structdrop.commands._cams import add_cam_flags, inspect_cams
 from timm_structdrop.commands._files import Files
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
-from timm_structdrop.commands.list import table
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers.dropcluster import resample_labels
+from timm_structdrop.recipes.parser import at_least, fraction
+from timm_structdrop.words import table
 
 __all__ = ["add_flags", "run"]
 
 LEAST_IMAGES = 10  # for correlations over images
 USUAL_CLUSTERS = 15
+SAMPLES, CAM_SAMPLES = 2, 8  # images in a picture of clusters, and of class activation maps
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_subject_flags(parser, split="validation", num_images=64)
     add = parser.add_argument_group("Inspection").add_argument
-    add("--output", default="output/inspect", metavar="DIR", help="where files go (output/inspect)")
-    add("--layers", default="stages", choices=tuple(LAYER_CHOICES), help="candidates (stages)")
+    add("--output", default="output/inspect", metavar="DIR", help="folder of what is written")
+    add(
+        "--layers",
+        default="stages",
+        choices=tuple(LAYER_CHOICES),
+        help="which layers are measured: after each stage, or after every convolution",
+    )
     add(
         "--threshold",
-        type=float,
+        type=fraction,
         default=0.6,
         metavar="X",
-        help="median Spatial Hopkins of a structured layer (0.6; 0.5 is no structure)",
+        help="a layer is structured if its median channel reaches this Spatial Hopkins statistic; "
+        "0.5 is no structure, 1 the most",
     )
-    add("--num-points", type=int, default=64, metavar="N", help="random pixels per map (64)")
-    add("--num-samples", type=int, default=2, metavar="N", help="images in the pictures (2)")
-    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per step (64)")
+    add(
+        "--num-points",
+        type=at_least(1),
+        default=64,
+        metavar="N",
+        help="random pixels of each map that the statistic is computed at",
+    )
+    add(
+        "--num-samples",
+        type=at_least(1),
+        metavar="N",
+        help=f"images shown in the pictures; {SAMPLES}, or {CAM_SAMPLES} with --cams, if not given",
+    )
+    add("-b", "--batch-size", type=at_least(1), default=64, metavar="N", help="images per step")
     add_cam_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.cams and (args.compare or args.cam_layer):
         raise UserError("--compare and --cam-layer are of class activation maps; got no --cams")
-    for name in ("batch_size", "num_samples"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be at least 1; got {getattr(args, name)}")
+    args.num_samples = args.num_samples or (CAM_SAMPLES if args.cams else SAMPLES)
     files = Files(output_folder(args.output))
     subject = load_subject(args)
     print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cache
 
@@ -23,19 +22,22 @@ from timm_structdrop.recipes import (
     recipe_names,
     table_names,
 )
+from timm_structdrop.words import table
 
 __all__ = ["add_flags", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "filter", nargs="?", default="*", help="wildcard on the names, as in timm.list_models"
+        "filter",
+        nargs="?",
+        default="*",
+        metavar="PATTERN",
+        help="only names that match, as in timm.list_models: '*_dropcluster'",
     )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--layers", metavar="MODEL", help="print the regularized layers of a model")
-    group.add_argument(
-        "--recipes", action="store_true", help="print recipes and the papers' tables"
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--layers", metavar="MODEL", help="print the regularized layers of this model instead")
+    add("--recipes", action="store_true", help="print recipes and the papers' tables instead")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -136,17 +138,6 @@ def layers_table(model_name: str) -> str:
     if not rows:
         raise UserError(f"MODEL must have a structured-dropout layer; {model_name!r} has none")
     return table(["layer", "regularizer", "rate", "settings"], rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns, two spaces apart."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 @cache

@@ -32,7 +32,7 @@ from timm_structdrop.evaluation import evaluate
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.weights import read_checkpoint
-from timm_structdrop.recipes import load_recipe, recipe_names
+from timm_structdrop.recipes import FlagParser, load_recipe, recipe_names
 from timm_structdrop.recipes.command_line import training_command
 from timm_structdrop.version import __version__
 
@@ -44,16 +44,13 @@ HOPKINS_IMAGES = 64
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "training", metavar="RUN", help="output folder of a training, or a checkpoint"
-    )
-    parser.add_argument("--use-ema", action="store_true", help="its averaged weights")
-    parser.add_argument("--tag", default="digits", help="pretrained tag (digits)")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights (apache-2.0)")
-    parser.add_argument("--hardware", metavar="TEXT", help="what it was trained on; this machine")
-    parser.add_argument(
-        "--output", default=str(FOLDER), metavar="DIR", help="where it goes (the package)"
-    )
+    add = parser.add_argument
+    add("training", metavar="RUN", help="output folder of a training, or a checkpoint")
+    add("--use-ema", action="store_true", help="its averaged weights")
+    add("--tag", default="digits", metavar="NAME", help="pretrained tag of the weights")
+    add("--license", default="apache-2.0", metavar="ID", help="of the weights, as the Hub names it")
+    add("--hardware", metavar="TEXT", help="what it was trained on; this machine if not given")
+    add("--output", metavar="DIR", help="folder of the two files; the package's if not given")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"a packaged checkpoint needs the args.yaml of its run; {args.training} has none"
         )
-    folder = output_folder(args.output)
+    folder = output_folder(args.output or FOLDER)
     subject = load_subject(_subject_flags(name, args))
     facts = {
         **model_facts(subject, trained),
@@ -95,10 +92,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _subject_flags(name: str, args: argparse.Namespace) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = FlagParser()
     add_subject_flags(parser, split="validation", num_images=HOPKINS_IMAGES)
     ema = ["--use-ema"] if args.use_ema else []
-    return parser.parse_args([name, "--checkpoint", args.training, "--device", "cpu", *ema])
+    return parser.parse_flags([name, "--checkpoint", args.training, "--device", "cpu", *ema])
 
 
 def model_facts(subject: Subject, trained: Mapping[str, Any]) -> dict[str, Any]:

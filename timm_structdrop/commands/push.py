@@ -21,12 +21,12 @@ __all__ = ["add_flags", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="what to push")
-    parser.add_argument("repo", metavar="REPO", help="where to: user/name; made if it is not there")
     add = parser.add_argument
-    add("--license", required=True, metavar="NAME", help="of the weights, such as apache-2.0")
+    add("folder", metavar="DIR", help="what to push")
+    add("repo", metavar="REPO", help="where to: user/name; made if it is not there")
+    add("--license", required=True, metavar="ID", help="of the weights, such as apache-2.0")
     add("--private", action="store_true", default=None, help="a repository only its owner sees")
-    add("--revision", metavar="BRANCH", help="branch to push to, made if needed (main)")
+    add("--revision", metavar="BRANCH", help="branch to push to, made if needed; main if not given")
     add("--message", default="Upload model", metavar="TEXT", help="first line of the commit")
 
 

@@ -30,6 +30,7 @@ from timm_structdrop.commands._sweep_report import (
 from timm_structdrop.commands._sweep_runs import TRAIN, Run, Runner
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.recipes import Table, load_table, parse_with_sources, train_parser
+from timm_structdrop.recipes.parser import at_least
 from timm_structdrop.training.interrupt import StopRequest
 
 __all__ = ["add_flags", "run"]
@@ -39,23 +40,29 @@ OURS = ("--recipe", "--config", "-c", "--resume", "--output", "--experiment", "-
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("table", metavar="TABLE", help="a packaged table; python -m timm_structdrop list --recipes")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each cell, seeds 0 to N-1 (3)")
-    add("--jobs", type=int, default=1, metavar="J", help="runs at a time (1)")
-    add("--cells", nargs="+", default=["*"], metavar="NAME", help="only these; wildcards")
+    add(
+        "--seeds",
+        type=at_least(1),
+        default=3,
+        metavar="N",
+        help="runs of each cell, with the seeds 0 to N-1",
+    )
+    add("--jobs", type=at_least(1), default=1, metavar="J", help="runs at a time")
+    add("--cells", nargs="+", default=["*"], metavar="NAME", help="only these cells; wildcards")
     add("--data-dir", metavar="DIR", help="folder of the data, for train.py")
-    add("--output", metavar="DIR", help="where runs and results go (output/sweep/TABLE)")
+    add(
+        "--output",
+        metavar="DIR",
+        help="folder of runs and results; output/sweep/TABLE if not given",
+    )
     add("--dry-run", action="store_true", help="print what would run, and what is done")
     parser.usage = "%(prog)s TABLE [flags] [-- flags of train.py]"
     parser.set_defaults(train_flags=[])  # what stands behind --
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1; got {getattr(args, name)}")
     if args.jobs > 1 and "--dataset-download" in args.train_flags:
         raise UserError(
             "--dataset-download needs --jobs 1, as runs would write the same files; "

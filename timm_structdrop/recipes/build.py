@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
+import re
 from typing import Any
 
 import timm
@@ -72,7 +74,7 @@ def build_model(flags: argparse.Namespace) -> Any:
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {flags.model} does not take these flags: {error}") from error
+        raise UserError(_refusal(flags, arch, error)) from error
     for text in flags.structdrop:
         name, layer_settings = parse_structdrop(text)
         try:
@@ -83,6 +85,21 @@ def build_model(flags: argparse.Namespace) -> Any:
     if flags.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
+
+
+def _refusal(flags: argparse.Namespace, arch: str, error: Exception) -> str:
+    """Why a model cannot be built; for an unknown keyword with the nearest that are known."""
+    unknown = re.match(r"(\w+)\.?\S*\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown is None or unknown[2] not in flags.model_kwargs:
+        return f"model {flags.model} does not take these flags: {error}"
+    made = getattr(timm.models, unknown[1], None)
+    known = set(inspect.signature(made).parameters) if callable(made) else set()
+    if arch in variants:
+        known |= set(variants[arch].keywords())
+    return (
+        f"--model-kwargs must be settings of {flags.model}; got {unknown[2]!r}"
+        f"{nearest(unknown[2], known)}"
+    )
 
 
 def _initialize_head(model: Any, scale: float | None, bias: float | None) -> None:

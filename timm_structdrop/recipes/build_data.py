@@ -180,7 +180,8 @@ def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bo
     if is_training and not flags.no_aug:
         for name in ("crop_padding", "rotation", "shift"):
             training_only[name] = getattr(flags, name)
-    return create_dataset(
+    num_samples = flags.train_num_samples if is_training else flags.val_num_samples
+    dataset = create_dataset(
         flags.dataset,
         flags.data_dir or flags.data,
         flags.train_split if is_training else flags.val_split,
@@ -193,10 +194,17 @@ def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bo
         repeats=flags.epoch_repeats if is_training else 0,
         input_key=flags.input_key,
         target_key=flags.target_key,
-        num_samples=flags.train_num_samples if is_training else flags.val_num_samples,
+        num_samples=num_samples,
         trust_remote_code=flags.dataset_trust_remote_code,
         **training_only,
     )
+    if num_samples and not isinstance(dataset, IterableDataset):
+        flag = "--train-num-samples" if is_training else "--val-num-samples (--num-samples)"
+        raise UserError(
+            f"{flag} says how long a streamed data set is (hfids/, tfds/, wds/); got "
+            f"{num_samples} for {flags.dataset or 'a folder'}, which has {len(dataset)} images"
+        )
+    return dataset
 
 
 def _loading(

@@ -18,39 +18,31 @@ SWITCH = argparse.BooleanOptionalAction
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Where values come from: each source overrides the ones before it, flags override all."""
-    add = parser.add_argument_group("Sources (recipe < config < flags)").add_argument
+    add = parser.add_argument_group("Sources of values: recipe < config < flags").add_argument
     add(
         "--recipe",
         metavar="NAME",
-        help="packaged settings; python -m timm_structdrop list --recipes",
+        help="packaged settings; python -m timm_structdrop list --recipes prints them",
     )
-    add("-c", "--config", metavar="FILE", help="YAML file of flags, e.g. the args.yaml of a run")
+    add("-c", "--config", metavar="FILE", help="YAML file of flags, such as the args.yaml of a run")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """What to read, shared by every command that reads images."""
     add = parser.add_argument_group("Data").add_argument
-    add("data", nargs="?", metavar="DIR", help="folder of the data (also --data-dir)")
-    add("--data-dir", metavar="DIR", help="folder of the data")
+    add("data", nargs="?", metavar="DIR", help="folder of the data; the same as --data-dir")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of the data: train/ and validation/ with a folder of images for each class",
+    )
     add(
         "--dataset",
         default="",
         metavar="NAME",
-        help="digits, tiny_imagenet, or timm's <type>/<name>",
+        help="digits, tiny_imagenet, or timm's <type>/<name>; a folder of images if not given",
     )
     add("--val-split", default="validation", metavar="NAME", help="evaluated split; '' for none")
-    add("--dataset-download", action=SWITCH, default=False, help="let torch/ and tfds/ download")
-    add("--class-map", default="", metavar="FILE", help="mapping of classes to indices")
-    add("--input-img-mode", metavar="MODE", help="PIL mode of the images: RGB, L")
-    add("--input-key", metavar="KEY", help="key of the image in the data set's records")
-    add("--target-key", metavar="KEY", help="key of the label in the data set's records")
-    add(
-        "--val-num-samples",
-        type=at_least(0),
-        metavar="N",
-        help="samples of an iterable evaluated split",
-    )
-    add("--dataset-trust-remote-code", action=SWITCH, default=False, help="for hfds/ data sets")
     add(
         "-j",
         "--workers",
@@ -59,8 +51,29 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read images; timm's 4, or as many as there are cores",
     )
-    add("--pin-mem", action=SWITCH, default=False, help="pin memory for the way to the GPU")
     add("--no-prefetcher", action="store_true", help="normalise on the CPU, without prefetching")
+    add("--pin-mem", action=SWITCH, default=False, help="pin memory for the way to the GPU")
+    add("--class-map", default="", metavar="FILE", help="text file with a class in each line")
+    add(
+        "--input-img-mode",
+        metavar="MODE",
+        help="PIL mode of the images; RGB for 3 channels, else L, if not given",
+    )
+    add("--input-key", metavar="KEY", help="key of the image in records of hfds/, tfds/ and wds/")
+    add("--target-key", metavar="KEY", help="key of the label in them")
+    add(
+        "--val-num-samples",
+        type=at_least(1),
+        metavar="N",
+        help="images in the evaluated split of a streamed data set (hfids/, tfds/, wds/)",
+    )
+    add("--dataset-download", action=SWITCH, default=False, help="let torch/ and tfds/ download")
+    add(
+        "--dataset-trust-remote-code",
+        action=SWITCH,
+        default=False,
+        help="let hfds/ data sets run code of their own",
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,22 +85,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--num-classes",
         type=at_least(1),
         metavar="N",
-        help="labels; the model's default if not given",
+        help="outputs of the model; its default if not given",
     )
-    add("--gp", metavar="POOL", help="global pool: fast, avg, max, avgmax or catavgmax")
     add(
-        "--img-size",
-        type=at_least(1),
-        metavar="N",
-        help="image size; the model's default if not given",
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=Keywords,
+        metavar="KEY=VALUE",
+        help="settings of the model and its regularizer, such as n_clusters=15",
     )
-    add("--in-chans", type=at_least(1), metavar="N", help="image channels; 3 if not given")
-    add("--input-size", nargs=3, type=int, metavar="N", help="channels, height and width")
-    add("--crop-pct", type=fraction, metavar="PCT", help="central crop at evaluation")
-    add("--mean", type=float, nargs="+", metavar="MEAN", help="pixel mean, in [0, 1]")
-    add("--std", type=float, nargs="+", metavar="STD", help="pixel standard deviation")
-    add("--interpolation", default="", metavar="NAME", help="resizing at evaluation")
-    add("--model-kwargs", nargs="*", default={}, action=Keywords, help="key=value ...")
     add(
         "--structdrop",
         action="append",
@@ -95,17 +102,38 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:KEY=VALUE,...",
         help="attach a regularizer to the model; may be repeated",
     )
-    add("--channels-last", action=SWITCH, default=False, help="channels_last memory format")
-    add("--fast-norm", action=SWITCH, default=False, help="low-precision normalisation layers")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile")
-    add("--torchcompile-mode", metavar="MODE", help="mode of torch.compile")
+    add("--gp", metavar="POOL", help="global pool: fast, avg, max, avgmax or catavgmax")
+    add = parser.add_argument_group("Input of the model; its own values if not given").add_argument
+    add("--img-size", type=at_least(1), metavar="N", help="height and width in pixels")
+    add("--in-chans", type=at_least(1), metavar="N", help="channels of the images")
+    add(
+        "--input-size",
+        nargs=3,
+        type=at_least(1),
+        metavar="N",
+        help="channels, height and width, instead of these two",
+    )
+    add("--mean", type=float, nargs="+", metavar="X", help="of the pixels, which are in [0, 1]")
+    add("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
+    add("--crop-pct", type=fraction, metavar="X", help="share of the image's side in the crop")
+    add("--interpolation", default="", metavar="NAME", help="how images are resized at evaluation")
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """Where to compute and how precisely."""
-    add = parser.add_argument_group("Device").add_argument
+    """Where to compute, how precisely and how fast."""
+    add = parser.add_argument_group("Device and speed").add_argument
     add(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda where there is one, else cpu"
     )
     add("--amp", action=SWITCH, default=False, help="automatic mixed precision")
     add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="its low precision")
+    add("--channels-last", action=SWITCH, default=False, help="channels_last memory format")
+    add("--fast-norm", action=SWITCH, default=False, help="low-precision normalisation layers")
+    add(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile; with inductor if no backend is named",
+    )
+    add("--torchcompile-mode", metavar="MODE", help="mode of torch.compile")

@@ -21,6 +21,7 @@ from timm_structdrop.evaluation import (
     parse_severities,
     read_corruption_rows,
 )
+from timm_structdrop.recipes.parser import at_least
 
 __all__ = ["add_robustness_flags", "attack_settings", "check_robustness_flags"]
 
@@ -40,22 +41,36 @@ def add_robustness_flags(parser: argparse.ArgumentParser) -> None:
         "--corruptions",
         type=_parsed_by(parse_corruptions),
         metavar="NAMES",
-        help="ImageNet-C's: all, paper (the seven of DropCluster) or name,name,...",
+        help="those of ImageNet-C: all, paper (the seven of DropCluster), or name,name,...",
     )
     add(
         "--severities",
         type=_parsed_by(parse_severities),
         metavar="RANGE",
-        help="of the corruptions, as 1-5 or 1,3,5; 1-5 if not given",
+        help="their severities, as 1-5 or 1,3,5; 1-5 if not given",
     )
     add("--baseline-results", metavar="FILE", help="--results-file of a model to compare with")
-    add("--plot", metavar="FILE", help="PNG of top-1 against severity; FILE-top5 too")
+    add(
+        "--plot",
+        metavar="FILE",
+        help="PNG of top-1 against severity; beside it, FILE-top5 of top-5",
+    )
     add("--attack", choices=("pgd",), help="adversarial attack in the maximum norm")
-    add("--eps", type=_pixels, metavar="E", help="its radius; pixels are 0 to 1 (5/255)")
-    add("--steps", type=int, metavar="N", help="its gradient steps (2)")
-    add("--step-size", type=_pixels, metavar="E", help="change of a pixel in a step (1/255)")
+    add(
+        "--eps",
+        type=_pixels,
+        metavar="E",
+        help="its radius, where pixels are in [0, 1]; 5/255 if not given",
+    )
+    add("--steps", type=at_least(1), metavar="N", help="its gradient steps; 2 if not given")
+    add(
+        "--step-size",
+        type=_pixels,
+        metavar="E",
+        help="change of a pixel in a step; 1/255 if not given",
+    )
     add("--targeted", action="store_true", help="towards a random wrong class of each image")
-    add("--random-start", action="store_true", help="from a random point of the ball")
+    add("--random-start", action="store_true", help="from a random point within the radius")
     add(
         "--drop-at-inference",
         action="append",

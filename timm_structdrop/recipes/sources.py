@@ -15,7 +15,7 @@ from timm_structdrop.recipes.packaged import (
     read_mapping,
     recipe_names,
 )
-from timm_structdrop.recipes.parser import FlagParser
+from timm_structdrop.recipes.parser import FlagParser, check_choice
 from timm_structdrop.recipes.train_flags import train_parser
 
 __all__ = ["load_recipe", "parse_with_sources", "recipe_names"]
@@ -110,11 +110,9 @@ def _one(action: argparse.Action, value: Any, where: str) -> Any:
         raise UserError(f"{where} must be one {convert.__name__}; got {value!r}")
     try:
         converted = convert(str(value))
+        check_choice(action, converted)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{where} {error}") from error
     except ValueError as error:
         raise UserError(f"{where} must be of type {convert.__name__}; got {value!r}") from error
-    if action.choices is not None and converted not in action.choices:
-        valid = [str(choice) for choice in action.choices]
-        raise UserError(f"{where} must be one of {', '.join(valid)}; got {converted!r}")
     return converted

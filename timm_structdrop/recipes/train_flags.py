@@ -35,10 +35,10 @@ def train_parser() -> FlagParser:
     parser = FlagParser(prog="train.py", description="Train a model with structured dropout.")
     add_source_flags(parser)
     add_data_flags(parser)
-    add_model_flags(parser)
     _add_training_data_flags(parser)
-    _add_start_flags(parser)
+    add_model_flags(parser)
     _add_regularizer_flags(parser)
+    _add_start_flags(parser)
     add_optimizer_flags(parser)
     add_scheduler_flags(parser)
     add_augmentation_flags(parser)
@@ -65,34 +65,40 @@ def _add_training_data_flags(parser: argparse.ArgumentParser) -> None:
         "--validation-batch-size",
         type=at_least(1),
         metavar="N",
-        help="the same as -b if not given",
+        help="images per process at evaluation; as -b if not given",
     )
     add("--train-split", default="train", metavar="NAME", help="split to train on")
     add(
         "--train-num-samples",
-        type=at_least(0),
+        type=at_least(1),
         metavar="N",
-        help="samples of an iterable training split",
+        help="images in the training split of a streamed data set (hfids/, tfds/, wds/)",
     )
     add(
         "--train-fraction",
         type=fraction,
         metavar="F",
-        help="train on this share of every class, drawn with --train-fraction-seed",
+        help="train on this share of every class, in [0, 1]; on all if not given",
     )
     add(
         "--train-fraction-seed",
         type=at_least(0),
         metavar="S",
-        help="--seed if not given; a larger share holds the smaller ones of its seed",
+        help="of the share; a larger one holds the smaller ones of its seed; --seed if not given",
     )
-    add("--epoch-repeats", type=float, default=0.0, metavar="N", help="repeats of iterable data")
+    add(
+        "--epoch-repeats",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="times that a streamed data set is read in an epoch; once if 0",
+    )
 
 
 def _add_start_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Start and continuation").add_argument
-    add("--pretrained-path", metavar="FILE", help="pretrained weights, adapted to the model")
-    add("--initial-checkpoint", default="", metavar="FILE", help="weights to start from")
+    add("--pretrained-path", metavar="FILE", help="weights, adapted to the classes and channels")
+    add("--initial-checkpoint", default="", metavar="FILE", help="weights that fit as they are")
     add(
         "--resume",
         default="",
@@ -101,40 +107,55 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
         "checkpoint in it",
     )
     add("--no-resume-opt", action="store_true", help="take only the weights from --resume")
-    add("--start-epoch", type=at_least(0), metavar="N", help="first epoch, whatever --resume says")
-    add("--head-init-scale", type=float, metavar="X", help="scale of the classifier's start")
-    add("--head-init-bias", type=float, metavar="X", help="start of the classifier's bias")
+    add(
+        "--start-epoch",
+        type=at_least(0),
+        metavar="N",
+        help="first epoch, counted from 0, whatever --resume says",
+    )
+    add(
+        "--head-init-scale",
+        type=float,
+        metavar="X",
+        help="factor on the classifier's first weights",
+    )
+    add("--head-init-bias", type=float, metavar="X", help="first value of the classifier's bias")
 
 
 def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Structured dropout and other drop rates").add_argument
-    add("--drop", type=fraction, default=0.0, metavar="P", help="dropout before the classifier")
-    add("--drop-path", type=fraction, metavar="P", help="stochastic depth, timm's linear rule")
-    add("--drop-block", type=float, metavar="P", help="rate of the structured layers")
+    add(
+        "--drop", type=fraction, default=0.0, metavar="P", help="dropout rate before the classifier"
+    )
+    add("--drop-path", type=fraction, metavar="P", help="stochastic depth, by timm's linear rule")
+    add(
+        "--drop-block",
+        type=fraction,
+        metavar="P",
+        help="drop rate of the structured layers, below 1; the model's default if not given",
+    )
     add(
         "--drop-schedule",
         choices=tuple(schedule_shapes),
-        help="how the rate of the structured layers moves over training: up to its target (linear, "
-        "cosine), from the target to 0 (inverse), to 0 half-way and back (v); the paper's if not "
-        "given (linear for DropBlock, constant for the others)",
+        help="how that rate moves over training: up to its target (linear, cosine; delayed: all "
+        "at once), from the target to 0 (inverse), to 0 half-way and back (v); the paper's if "
+        "not given (linear for DropBlock, constant for the others)",
     )
     add(
         "--drop-schedule-start",
         type=at_least(0.0),
         default=0.0,
         metavar="EPOCH",
-        help="epoch at which the drop schedule begins",
+        help="epoch at which it begins, counted from 0",
     )
     add(
         "--cluster-start",
         type=at_least(0),
         default=50,
         metavar="EPOCH",
-        help="DropCluster's first fit",
+        help="epoch of DropCluster's first fit, counted from 0",
     )
-    add(
-        "--cluster-every", type=at_least(1), default=50, metavar="N", help="epochs between its fits"
-    )
+    add("--cluster-every", type=at_least(1), default=50, metavar="N", help="epochs from fit to fit")
     add(
         "--rblock-temperature",
         type=at_least(0.0),
@@ -158,7 +179,9 @@ def _add_distributed_flags(parser: argparse.ArgumentParser) -> None:
         "--dist-bn",
         default="reduce",
         choices=("reduce", "broadcast", ""),
-        help="how processes agree on batch norm statistics after each epoch",
+        metavar="HOW",
+        help="how processes agree on batch norm statistics after each epoch: reduce, broadcast or "
+        "'' for not at all",
     )
     add("--no-ddp-bb", action="store_true", help="do not broadcast buffers at each step")
     add("--synchronize-step", action=SWITCH, default=False, help="wait for the GPU at each step")
@@ -167,9 +190,25 @@ def _add_distributed_flags(parser: argparse.ArgumentParser) -> None:
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Run").add_argument
     add("--seed", type=at_least(0), default=42, metavar="S", help="all randomness comes from it")
-    add("--output", default="", metavar="DIR", help="where output folders go; ./output/train if ''")
-    add("--experiment", default="", metavar="NAME", help="name of the output folder")
-    add("--log-interval", type=at_least(1), default=50, metavar="N", help="steps between log lines")
+    add(
+        "--output",
+        default="",
+        metavar="DIR",
+        help="where output folders go; output/train if not given",
+    )
+    add(
+        "--experiment",
+        default="",
+        metavar="NAME",
+        help="name of the run's folder there; time, model and size if not given",
+    )
+    add(
+        "--log-interval",
+        type=at_least(1),
+        default=50,
+        metavar="N",
+        help="batches between log lines, where they are no terminal's",
+    )
     add(
         "--val-interval",
         type=at_least(1),
@@ -177,7 +216,12 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="epochs between evaluations",
     )
-    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what 'best' means")
+    add(
+        "--eval-metric",
+        default="top1",
+        choices=("top1", "top5", "loss"),
+        help="ranks the checkpoints",
+    )
     add(
         "--checkpoint-hist",
         type=at_least(1),
@@ -204,5 +248,10 @@ def _add_hub_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="epochs between pushes; only at the end if 0",
     )
-    add("--hub-license", default="", metavar="NAME", help="of the weights, such as apache-2.0")
+    add(
+        "--hub-license",
+        default="",
+        metavar="ID",
+        help="of the weights, such as apache-2.0; needed to push",
+    )
     add("--hub-private", action=SWITCH, default=False, help="make a private repository")

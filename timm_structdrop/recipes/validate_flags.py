@@ -55,23 +55,57 @@ def validate_parser() -> FlagParser:
 
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Evaluation").add_argument
-    add("-m", dest="model", metavar="NAME", help="--model: also a wildcard, 'all', a file of names")
-    add("--split", dest="val_split", metavar="NAME", help="--val-split under timm's name")
-    add("--num-samples", dest="val_num_samples", type=int, metavar="N", help="--val-num-samples")
-    add("--checkpoint", default="", metavar="PATH", help="weights: a file, or the folder of a run")
+    add(
+        "-m",
+        dest="model",
+        metavar="NAME",
+        help="as --model; both also take a wildcard, 'all', and a file with a name in each line",
+    )
+    add("--split", dest="val_split", metavar="NAME", help="as --val-split")
+    add(
+        "--num-samples",
+        dest="val_num_samples",
+        type=at_least(1),
+        metavar="N",
+        help="as --val-num-samples",
+    )
+    add(
+        "--checkpoint",
+        default="",
+        metavar="PATH",
+        help="weights: a file, or the folder of a run; the pretrained ones if not given",
+    )
     add("--use-ema", action="store_true", help="the averaged weights of the checkpoint")
-    add("-b", "--batch-size", type=int, default=256, metavar="N", help="images per step")
-    add("--use-train-size", action="store_true", help="image size of training, not of testing")
-    add("--crop-mode", choices=("squash", "border", "center"), help="the model's if not given")
-    add("--model-dtype", choices=("float32", "float16", "bfloat16"), help="precision without --amp")
-    add("--seed", type=at_least(0), default=42, metavar="S", help="random seed")
+    add("-b", "--batch-size", type=at_least(1), default=256, metavar="N", help="images per step")
+    add(
+        "--use-train-size",
+        action="store_true",
+        help="pretrained weights at the image size of their training, not of their test",
+    )
+    add(
+        "--crop-mode",
+        choices=("squash", "border", "center"),
+        help="how images become square; the model's if not given",
+    )
+    add(
+        "--model-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="precision of weights and images, without --amp",
+    )
+    add("--seed", type=at_least(0), default=42, metavar="S", help="all randomness comes from it")
 
 
 def _add_result_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Results").add_argument
-    add("--results-file", default="", metavar="FILE", help="where results go, beside the output")
-    add("--results-format", default="csv", choices=("csv", "json"), help="what is written there")
-    add("--log-freq", type=int, default=10, metavar="N", help="batches between log lines")
+    add("--results-file", default="", metavar="FILE", help="file that results are written to")
+    add("--results-format", default="csv", choices=("csv", "json"), help="format of that file")
+    add(
+        "--log-freq",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="batches between log lines, where they are no terminal's",
+    )
 
 
 def parse_validate_flags(

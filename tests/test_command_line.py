@@ -1,0 +1,97 @@
+"""What every command shares: errors of one line without a usage, and readable help."""
+
+import re
+
+import pytest
+from script import load_script
+
+from timm_structdrop.__main__ import COMMANDS
+from timm_structdrop.__main__ import main as subcommands
+from timm_structdrop.errors import UserError
+from timm_structdrop.recipes import train_parser
+from timm_structdrop.recipes.build import build_model
+from timm_structdrop.recipes.validate_flags import validate_parser
+
+SCRIPTS = {"train": load_script("train").main, "validate": load_script("validate").main}
+WRONG = [
+    ("timm_structdrop lst", "COMMAND must be one of list, inspect, .*'lst' (nearest: list)"),
+    ("timm_structdrop", "COMMAND must be one of list, inspect, .*; got none"),
+    ("timm_structdrop --x", "COMMAND must be one of .*; got '--x'"),
+    ("timm_structdrop list x --layers", "--layers expected one argument"),
+    ("timm_structdrop list --recipes --layers x", "--layers not allowed with argument --recipes"),
+    ("timm_structdrop list a b", "there is nothing that takes the argument 'b'"),
+    ("timm_structdrop push run a/b", "the following arguments are required: --license"),
+    ("timm_structdrop push", "the following arguments are required: DIR, REPO, --license"),
+    ("timm_structdrop fit lenet5", "the following arguments are required: --output"),
+    ("timm_structdrop inspect lenet5 --outpt x", "unknown flag --outpt (nearest: --output,"),
+    ("timm_structdrop inspect lenet5 --layers x", "--layers must be one of stages, convs; got 'x'"),
+    ("timm_structdrop inspect lenet5 -b x", "-b/--batch-size must be a whole number; got 'x'"),
+    ("timm_structdrop sweep x --seed 3", "unknown flag --seed (nearest: --seeds,"),
+    ("timm_structdrop sweep x --jobs 0", "--jobs must be at least 1; got 0"),
+    ("timm_structdrop card -- --epochs 3", "card takes no flags behind --; got ['--epochs', '3']"),
+    ("train --sched cosin", "--sched must be one of cosine, .*; got 'cosin' (nearest: cosine"),
+    ("train --epochs x", "--epochs must be a whole number; got 'x'"),
+    ("train --lr x", "--lr must be a number; got 'x'"),
+    ("train --epochs 0", "--epochs must be at least 1; got 0"),
+    ("train --mean", "--mean expected at least one argument"),
+    ("train --lr-base-scale x", "must be one of '', linear, sqrt; got 'x'"),
+    ("validate --attack fgsm", "--attack must be pgd; got 'fgsm'"),
+    ("validate --batch-size 0", "-b/--batch-size must be at least 1; got 0"),
+    ("validate --corruptions fogg", "--corruptions: "),
+    (
+        "validate --model resnet20_dropblock --pretrained --dataset digits --num-samples 9",
+        "--val-num-samples (--num-samples) says how long a streamed data set is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG, ids=[line for line, _ in WRONG])
+def test_errors_are_one_line_without_a_usage(line, message, capsys):
+    program, *words = line.split()
+    rule = ".*".join(map(re.escape, message.split(".*")))
+    with pytest.raises(UserError, match=rule) as raised:
+        SCRIPTS.get(program, subcommands)(words)
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr() == ("", "")
+
+
+KEYWORDS = [
+    ("lenet5_dropblock", "blocksize=3", "'blocksize' (nearest: block_size"),
+    ("resnet20_dropcluster", "n_cluster=3", "'n_cluster' (nearest: n_clusters"),
+    ("resnet18_dropblock", "zero_init_lst=3", "'zero_init_lst' (nearest: zero_init_last"),
+    ("lenet5", "blocksize=3", "settings of lenet5; got 'blocksize'"),
+]
+
+
+@pytest.mark.parametrize(("model", "keyword", "message"), KEYWORDS)
+def test_an_unknown_keyword_of_a_model_has_the_nearest_beside_it(model, keyword, message):
+    flags = train_parser().parse_flags(["--model", model, "--model-kwargs", keyword])
+    with pytest.raises(UserError, match=f"--model-kwargs must be.*{re.escape(message)}"):
+        build_model(flags)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_fits_the_terminal_and_says_what_each_flag_is(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for argv in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        try:
+            subcommands(argv)
+        except SystemExit as end:
+            assert end.code == 0
+    pages = [capsys.readouterr().out, train_parser().format_help(), validate_parser().format_help()]
+    for text in pages:
+        examples = [line for line in text.splitlines() if line.startswith("    python")]
+        too_long = [line for line in text.splitlines() if len(line) > columns]
+        assert set(too_long) <= set(examples)
+        assert "default: )" not in text and "None" not in text and "default: []" not in text
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} ", pages[0], flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("parser", [train_parser(), validate_parser()], ids=["train", "validate"])
+def test_every_flag_stands_in_a_group_with_a_help(parser):
+    groups = [group for group in parser._action_groups if group._group_actions]
+    for group in groups[1:]:  # the first one is argparse's, with --help
+        assert len(group._group_actions) > 1, group.title
+        assert all(action.help for action in group._group_actions), group.title
+    assert [action.dest for action in groups[0]._group_actions] == ["help"]
