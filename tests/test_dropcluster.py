@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from timm_structdrop.cluster import rena
 from timm_structdrop.layers import DropCluster2d, drop_cluster_2d
@@ -225,8 +226,13 @@ def test_a_batch_of_one_can_be_fitted():
         ({"rounding": "up"}, r"rounding must be 'stochastic' or 'floor'; got 'up'"),
         ({"criterion": "x"}, r"criterion must be 'rena' or 'hopkins'; got 'x'"),
         ({"hopkins_threshold": 2.0}, r"hopkins_threshold must be in \[0, 1\]; got 2.0"),
-        ({"fit_start_step": 0}, r"fit_start_step must be at least 1; got 0"),
-        ({"fit_every_steps": 5}, r"needs fit_start_step"),
+        ({"n_clusters": 4.5}, r"n_clusters must be in .* got 4.5"),
+        ({"n_clusters": "few"}, r"n_clusters must be in .* got 'few'"),
+        ({"hopkins_threshold": "low"}, r"hopkins_threshold must be a number in .* got 'low'"),
+        ({"fit_start_step": 0}, r"fit_start_step must be an integer of at least 1 or None; got 0"),
+        ({"fit_start_step": 1.5}, r"fit_start_step must be an integer .* got 1.5"),
+        ({"fit_start_step": 1, "fit_every_steps": 0}, r"fit_every_steps must be an .* got 0"),
+        ({"fit_every_steps": 5}, r"fit_every_steps needs fit_start_step; got 5"),
         ({"drop_prob": 1.0}, r"drop_prob must be in \[0, 1\); got 1.0"),
     ],
 )
@@ -239,6 +245,43 @@ def test_a_map_smaller_than_the_number_of_clusters():
     layer = DropCluster2d(4, (8, 8), n_clusters=15)
     with pytest.raises(ValueError, match=r"H\*W = 9\] of the map; got 15 on a 3x3 map"):
         layer(torch.randn(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"drop_prob": 1.0}, r"drop_prob must be in \[0, 1\); got 1.0"),
+        ({"rounding": "up"}, r"rounding must be 'stochastic' or 'floor'; got 'up'"),
+        ({"x": torch.ones(4, 8, 8)}, r"x must be \(B, C, H, W\); got \(4, 8, 8\)"),
+        ({"labels": torch.zeros(4, 8, 7)}, r"for x with .* = \(4, 8, 8\); got \(4, 8, 7\) and"),
+        ({"structured": torch.ones(3) > 0}, r"structured \(C,\) for x .* and \(3,\)"),
+    ],
+)
+def test_wrong_arguments_of_the_function(arguments, message):
+    right = {
+        "x": torch.ones(2, 4, 8, 8),
+        "labels": torch.zeros(4, 8, 8, dtype=torch.uint8),
+        "structured": torch.ones(4, dtype=torch.bool),
+    }
+    with pytest.raises(ValueError, match=message):
+        drop_cluster_2d(**{**right, **arguments})
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_forward_repeated_by_checkpointing_is_not_counted(use_reentrant):
+    layer = DropCluster2d(4, (8, 8), n_clusters=5, fit_start_step=2, fit_every_steps=2)
+    fits = []
+    for step in range(1, 6):
+        x = smooth_maps(seed=step).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=use_reentrant)
+        if step == 5:
+            layer.request_fit(at=9)  # is for the next forward
+        y.sum().backward()
+        fits.append(int(layer.fitted_at))
+    assert int(layer.step) == 5
+    assert fits == [-1, 2, 2, 4, 4]
+    layer(smooth_maps(seed=6))
+    assert int(layer.fitted_at) == 6
 
 
 def test_wrong_activations():

@@ -40,22 +40,30 @@ def check_fraction(name: str, value: float, interval: str) -> float:
     return number
 
 
-def check_integer(name: str, value: int, rule: str = "an integer of at least 1") -> int:
-    """``value`` as an int of at least 1.
+def check_integer(
+    name: str,
+    value: int,
+    rule: str = "an integer of at least 1",
+    low: int = 1,
+    high: int | None = None,
+) -> int:
+    """``value`` as an int.
 
     Args:
         name: what the argument is called.
         value: the argument.
-        rule: what it must be, in words, where that is more.
+        rule: what it must be, in words.
+        low: the smallest that it may be.
+        high: the largest; None for no bound.
 
     Raises:
-        ValueError: it is no integer, or below 1.
+        ValueError: it is no integer, or not between them.
     """
     try:
         whole = int(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be {rule}; got {value!r}") from error
-    if value != whole or whole < 1:
+    if value != whole or whole < low or (high is not None and whole > high):
         raise ValueError(f"{name} must be {rule}; got {value!r}")
     return whole
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from timm_structdrop.layers._recompute import is_recomputed
 from timm_structdrop.layers._tell import tell
 
 __all__ = ["Fork", "ForkAware", "halves"]
@@ -30,8 +31,7 @@ class ForkAware(nn.Module):
         """Whether the forward that is running, or being recomputed, is a forked one."""
         if torch.compiler.is_compiling():
             return self.forked
-        # what torch.utils.checkpoint asks to tell a recomputation from a forward
-        if torch._C._current_graph_task_id() == -1:
+        if not is_recomputed():
             self._ran_forked = self.forked
         return self._ran_forked
 

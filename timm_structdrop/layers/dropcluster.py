@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from timm_structdrop.cluster import (
-    NotFiniteError,
-    ReNAResult,
-    adjusted_rand_index,
-    rena,
-    spatial_hopkins,
-)
-from timm_structdrop.layers._base import StructDropLayer
+from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer, check_maps
+from timm_structdrop.layers._learned_clusters import LearnedClusters, resample_labels
 from timm_structdrop.layers._mask import apply_mask
+from timm_structdrop.layers._recompute import is_recomputed
 from timm_structdrop.layers._registry import register
 
 __all__ = ["DropCluster2d", "cluster_mask", "drop_cluster_2d", "resample_labels"]
 
-STATE = ("labels", "structured", "fitted_at", "fitted_size", "step")
+ROUNDINGS = ("stochastic", "floor")
 
 
 def cluster_mask(
@@ -43,13 +36,20 @@ def cluster_mask(
     Args:
         labels: cluster of each pixel, integers in [0, n_clusters), (C, H, W).
         structured: False where the whole channel is masked, (C,) bool.
-        drop_prob: p in [0, 1); a 0-d tensor keeps ``torch.compile`` from specialising on it.
+        drop_prob: p in [0, 1). A 0-d tensor, which is not checked, keeps ``torch.compile`` from
+            specialising on it.
         n_clusters: clusters per structured channel.
         rounding: ``"floor"`` or ``"stochastic"``.
 
     Returns:
         True where a unit is kept, (C, H, W) bool.
+
+    Raises:
+        ValueError: p is a float outside [0, 1), or ``rounding`` is unknown.
     """
+    check_choice("rounding", rounding, ROUNDINGS)
+    if not isinstance(drop_prob, Tensor):
+        drop_prob = check_drop_prob(drop_prob)
     channels = labels.shape[0]
     expected = torch.as_tensor(drop_prob, dtype=torch.float32, device=labels.device) * n_clusters
     # 0.7 * 10 is 6.9999998 in float32: the tolerance keeps a whole number whole
@@ -82,30 +82,29 @@ def drop_cluster_2d(
         x: activations (B, C, H, W).
         labels: (C, H, W) integers in [0, n_clusters).
         structured: (C,) bool.
-        drop_prob: expected fraction of clusters dropped, in [0, 1).
+        drop_prob: expected fraction of clusters dropped, in [0, 1); a 0-d tensor is not checked.
         n_clusters: clusters per structured channel.
-        training: draw clusters to drop.
-        rounding: see :func:`cluster_mask`.
+        training: draw clusters to drop; if False, ``labels``, ``drop_prob``, ``n_clusters`` and
+            ``rounding`` are not read.
+        rounding: ``"floor"`` or ``"stochastic"``, see :func:`cluster_mask`.
 
     Returns:
-        (B, C, H, W) in the dtype of ``x``.
+        (B, C, H, W) in the dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: ``x``, ``labels`` or ``structured`` does not have its shape, or a setting is
+            out of range.
     """
+    check_maps(x)
+    maps = tuple(x.shape[1:])
+    if tuple(structured.shape) != maps[:1] or (training and tuple(labels.shape) != maps):
+        raise ValueError(
+            f"labels must be (C, H, W) and structured (C,) for x with (C, H, W) = {maps}; "
+            f"got {tuple(labels.shape)} and {tuple(structured.shape)}"
+        )
     if not training:
         return apply_mask(x, structured[None, :, None, None])
     return apply_mask(x, cluster_mask(labels, structured, drop_prob, n_clusters, rounding)[None])
-
-
-def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels (C, H, W) at another resolution (C, h, w): each pixel takes the label at its centre.
-
-    Going up and back down again returns the labels it started from.
-    """
-    if labels.shape[-2:] == tuple(size):
-        return labels
-    for dim, new in ((1, size[0]), (2, size[1])):
-        centres = torch.arange(new, device=labels.device) + 0.5
-        labels = labels.index_select(dim, (centres * labels.shape[dim] / new).long())
-    return labels
 
 
 @register(
@@ -113,7 +112,7 @@ def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     summary="drops clusters of correlated pixels learned from the activations (ReNA)",
     paper="Chen et al. 2020, arXiv:2002.02997",
 )
-class DropCluster2d(StructDropLayer):
+class DropCluster2d(LearnedClusters):
     """Drops clusters of pixels that :func:`timm_structdrop.cluster.rena` finds in the activations.
 
     Before its first fit the layer is the identity. A fit (:meth:`fit`, :meth:`request_fit`, or by
@@ -121,11 +120,9 @@ class DropCluster2d(StructDropLayer):
     ``n_clusters`` clusters in every channel and marks the channels that have no such structure,
     which are zero from then on, in training and at inference.
 
-    The state lives in persistent buffers of fixed shape and integer type, so whatever carries a
-    state_dict carries it: ``labels`` (C, H, W) uint8, ``structured`` (C,) bool, ``fitted_at``
-    (-1 = never), ``fitted_size`` (the map the clusters were found on), ``step`` (training forwards
-    seen). A state_dict without them loads strictly and leaves the layer unfitted; labels of another
-    resolution are resampled to this layer's.
+    What is found is kept in buffers, see
+    :class:`~timm_structdrop.layers._learned_clusters.LearnedClusters`. A forward that gradient
+    checkpointing repeats is not counted again.
 
     Args:
         channels: C of the maps.
@@ -144,13 +141,6 @@ class DropCluster2d(StructDropLayer):
         ValueError: a setting is out of range, or a map has fewer pixels than ``n_clusters``.
     """
 
-    keeps_map_state = True
-    labels: Tensor
-    structured: Tensor
-    fitted_at: Tensor
-    fitted_size: Tensor
-    step: Tensor
-
     def __init__(
         self,
         channels: int,
@@ -163,50 +153,23 @@ class DropCluster2d(StructDropLayer):
         fit_start_step: int | None = None,
         fit_every_steps: int | None = None,
     ) -> None:
-        super().__init__(drop_prob)
-        height, width = size
-        if channels < 1 or height < 1 or width < 1:
-            raise ValueError(f"channels, H and W must be at least 1; got {channels}, {size}")
-        if not 2 <= n_clusters <= min(256, height * width):
-            raise ValueError(
-                f"n_clusters must be in [2, min(256, H*W = {height * width})]; got {n_clusters}"
-            )
-        if rounding not in ("stochastic", "floor"):
-            raise ValueError(f"rounding must be 'stochastic' or 'floor'; got {rounding!r}")
-        if criterion not in ("rena", "hopkins"):
-            raise ValueError(f"criterion must be 'rena' or 'hopkins'; got {criterion!r}")
-        if not 0.0 <= hopkins_threshold <= 1.0:
-            raise ValueError(f"hopkins_threshold must be in [0, 1]; got {hopkins_threshold}")
-        if fit_start_step is not None and fit_start_step < 1:
-            raise ValueError(f"fit_start_step must be at least 1; got {fit_start_step}")
-        if fit_every_steps is not None and (fit_every_steps < 1 or fit_start_step is None):
-            raise ValueError(
-                "fit_every_steps must be at least 1 and needs fit_start_step; "
-                f"got fit_every_steps={fit_every_steps}, fit_start_step={fit_start_step}"
-            )
-        self.n_clusters = n_clusters
-        self.rounding = rounding
-        self.criterion = criterion
-        self.hopkins_threshold = hopkins_threshold
+        super().__init__(channels, size, drop_prob, n_clusters, criterion, hopkins_threshold)
+        self.rounding = check_choice("rounding", rounding, ROUNDINGS)
+        rule = "an integer of at least 1 or None"
+        if fit_start_step is not None:
+            fit_start_step = check_integer("fit_start_step", fit_start_step, rule)
+        if fit_every_steps is not None:
+            fit_every_steps = check_integer("fit_every_steps", fit_every_steps, rule)
+            if fit_start_step is None:
+                raise ValueError(f"fit_every_steps needs fit_start_step; got {fit_every_steps}")
         self.fit_start_step = fit_start_step
         self.fit_every_steps = fit_every_steps
-        self.last_fit: dict[str, Any] | None = None
         self._requested_at: int | None = None
         self._checked_size: tuple[int, ...] | None = None
-        self.register_buffer("labels", torch.zeros(channels, height, width, dtype=torch.uint8))
-        self.register_buffer("structured", torch.ones(channels, dtype=torch.bool))
-        self.register_buffer("fitted_at", torch.tensor(-1))
-        self.register_buffer("fitted_size", torch.zeros(2, dtype=torch.int64))
-        self.register_buffer("step", torch.tensor(0))
 
     @classmethod
     def build(cls, channels: int, size: tuple[int, int], /, **settings: Any) -> DropCluster2d:
         return cls(channels, size, **settings)
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether clusters have been found."""
-        return int(self.fitted_at) >= 0
 
     def forward(self, x: Tensor) -> Tensor:
         eager = not torch.compiler.is_compiling()
@@ -226,54 +189,6 @@ class DropCluster2d(StructDropLayer):
             return x
         return drop_cluster_2d(x, self.labels, self.structured, training=False)
 
-    @torch.no_grad()
-    def fit(self, activations: Tensor, at: int = 0) -> ReNAResult | None:
-        """Algorithm 1: find the clusters and the unstructured channels of one mini-batch.
-
-        The old state stays, with a warning, if the activations are not finite or if no channel
-        has structure.
-
-        Args:
-            activations: this layer's input, (B, C, H, W).
-            at: what to record as the time of the fit, an epoch or update index >= 0.
-
-        Returns:
-            The clusters as found, at the resolution of the activations; None if they are not
-            finite.
-
-        Raises:
-            ValueError: the shape is not (B, C, H, W) with this layer's C, or H*W < n_clusters.
-        """
-        if activations.ndim != 4 or activations.shape[1] != self.labels.shape[0]:
-            raise ValueError(
-                f"activations must be (B, C = {self.labels.shape[0]}, H, W); "
-                f"got {tuple(activations.shape)}"
-            )
-        started = time.perf_counter()
-        try:
-            result = rena(activations, self.n_clusters)
-        except NotFiniteError as error:
-            warnings.warn(f"DropCluster2d: {error}; the old clusters are kept", stacklevel=2)
-            return None
-        structured = result.structured & self._hopkins_structured(activations, at)
-        if not bool(structured.any()):
-            warnings.warn(
-                f"DropCluster2d: none of the {len(structured)} channels has structure; "
-                "the old clusters are kept",
-                stacklevel=2,
-            )
-            return result
-        height, width = activations.shape[-2:]
-        stored = resample_labels(result.labels, (self.labels.shape[1], self.labels.shape[2]))
-        stored = torch.where(structured[:, None, None], stored, 0).to(torch.uint8)
-        facts = self._facts(stored, structured, at)
-        self.labels.copy_(stored)
-        self.structured.copy_(structured)
-        self.fitted_at.fill_(at)
-        self.fitted_size.copy_(torch.tensor([height, width]))
-        self.last_fit = {**facts, "seconds": time.perf_counter() - started}
-        return result
-
     def request_fit(self, at: int) -> None:
         """Make the next training forward :meth:`fit` on its own input, before it drops anything.
 
@@ -284,6 +199,8 @@ class DropCluster2d(StructDropLayer):
 
     @torch.compiler.disable
     def _fit_if_due(self, x: Tensor) -> None:
+        if is_recomputed():
+            return
         at, self._requested_at = self._requested_at, None
         if self.fit_start_step is not None:
             self.step.add_(1)
@@ -292,44 +209,14 @@ class DropCluster2d(StructDropLayer):
                 since > 0 and self.fit_every_steps and since % self.fit_every_steps == 0
             ):
                 at = int(self.step)
-        if at is None:
-            return
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            self.fit(x.detach(), at)
-            return
-        if dist.get_rank() == 0:
-            self.fit(x.detach(), at)
-        structured = self.structured.to(torch.uint8)  # gloo has no bool
-        for state in (self.labels, structured, self.fitted_at, self.fitted_size):
-            dist.broadcast(state, src=0)
-        self.structured.copy_(structured)
-
-    def _hopkins_structured(self, activations: Tensor, at: int) -> Tensor:
-        if self.criterion == "rena":
-            return torch.ones_like(self.structured)
-        # a generator of its own, so that a fit does not shift the training's random numbers
-        generator = torch.Generator(activations.device).manual_seed(at)
-        return spatial_hopkins(activations, generator=generator) >= self.hopkins_threshold
-
-    def _facts(self, labels: Tensor, structured: Tensor, at: int) -> dict[str, Any]:
-        ari = None
-        both = structured & self.structured
-        if self.is_fitted and bool(both.any()):
-            ari = float(adjusted_rand_index(self.labels[both], labels[both]).mean())
-        return {
-            "at": at,
-            "n_clusters": self.n_clusters,
-            "channels": len(structured),
-            "unstructured": int((~structured).sum()),
-            "adjusted_rand_index": ari,
-        }
+        if at is not None:
+            self.fit_on_all_ranks(x.detach(), at)
 
     def _check_input(self, x: Tensor) -> None:
+        check_maps(x)
         size = tuple(x.shape[-2:])
-        if size == self._checked_size and x.ndim == 4:
+        if size == self._checked_size:
             return
-        if x.ndim != 4:
-            raise ValueError(f"x must be (B, C, H, W); got {tuple(x.shape)}")
         if self.n_clusters > size[0] * size[1]:
             raise ValueError(
                 f"n_clusters must be in [2, H*W = {size[0] * size[1]}] of the map; "
@@ -344,21 +231,6 @@ class DropCluster2d(StructDropLayer):
                 stacklevel=3,
             )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if not any(prefix + name in state_dict for name in STATE):
-            fresh = (
-                torch.zeros_like(self.labels),
-                torch.ones_like(self.structured),
-                torch.full_like(self.fitted_at, -1),
-                torch.zeros_like(self.fitted_size),
-                torch.zeros_like(self.step),
-            )
-            state_dict.update(zip((prefix + name for name in STATE), fresh, strict=True))
-        labels = state_dict.get(prefix + "labels")
-        if labels is not None and labels.ndim == 3 and len(labels) == len(self.labels):
-            size = (self.labels.shape[1], self.labels.shape[2])
-            state_dict[prefix + "labels"] = resample_labels(labels, size)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._checked_size = None
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
