@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import NativeScaler, init_distributed_device
 from torch import nn
@@ -35,7 +35,7 @@ from timm_structdrop.errors import (
     one_line,
     run_command,
 )
-from timm_structdrop.hub import RunPushes
+from timm_structdrop.hub import RunPushes, check_push
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.build import (
     build_model,
@@ -44,6 +44,7 @@ from timm_structdrop.recipes.build import (
     build_task,
 )
 from timm_structdrop.recipes.build_data import evaluation, input_settings, training_batches
+from timm_structdrop.recipes.device import chosen_device, make_fast
 from timm_structdrop.recipes.tag_settings import with_tag_settings
 from timm_structdrop.training import (
     Loop,
@@ -59,6 +60,7 @@ from timm_structdrop.training import (
     seed_everything,
     write_whole,
 )
+from timm_structdrop.words import counted
 
 _logger = logging.getLogger("timm_structdrop.train")
 
@@ -74,7 +76,7 @@ class Process:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = with_tag_settings(parse_with_sources(train_parser(), argv))
-    check_push(flags)
+    check_push_flags(flags)
     process = start_process(flags)
     checkpoint = find_resume(flags.resume) if flags.resume else None
 
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = output_folder(flags, checkpoint, data)
         loop.saver = RunSaver(run, folder, flags.eval_metric == "loss", flags.checkpoint_hist)
         prepare_output(loop, folder, start, checkpoint, content)
-        announce(loop, folder, start)
+        announce(loop, folder, start, data)
     pushes = hub_pushes(flags, loop)
     compile_and_wrap(flags, loop, process)
     results = run_to_the_end(loop, start)
@@ -110,40 +112,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         pushes.finish()
 
 
-def check_push(flags: argparse.Namespace) -> None:
+def check_push_flags(flags: argparse.Namespace) -> None:
     """What would otherwise be known when the training is over."""
     if not flags.push_to_hub:
         if flags.push_every:
             raise UserError(f"--push-every needs --push-to-hub; got {flags.push_every}")
         return
-    if flags.push_to_hub.count("/") != 1:
-        raise UserError(f"--push-to-hub must name user/name; got {flags.push_to_hub!r}")
     if not flags.hub_license:
         raise UserError("--push-to-hub needs --hub-license, such as apache-2.0; got none")
+    check_push(flags.push_to_hub, flags.hub_license)
 
 
 def start_process(flags: argparse.Namespace) -> Process:
     """Logging, distributed processes and the device's settings."""
-    name = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device must be available; got {name!r}, and torch sees no GPU")
-    found = argparse.Namespace(device=name)
+    chosen = chosen_device(flags.device)
+    found = argparse.Namespace(device=str(chosen))
     process = Process(init_distributed_device(found), found.rank, found.world_size)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     ours = logging.getLogger("timm_structdrop")
     ours.setLevel(logging.INFO if process.rank == 0 else logging.WARNING)
-    if kind == "cpu" and flags.workers and "OMP_NUM_THREADS" not in os.environ:
+    if chosen.type == "cpu" and flags.workers and "OMP_NUM_THREADS" not in os.environ:
         # threads that wait for each other are slow where worker processes take their cores
         torch.set_num_threads(max(1, torch.get_num_threads() - flags.workers))
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if flags.fast_norm:
-        set_fast_norm()
+    make_fast(flags, chosen)
     return process
 
 
@@ -257,28 +248,37 @@ def hub_pushes(flags: argparse.Namespace, loop: Loop) -> RunPushes | None:
     return pushes
 
 
-def announce(loop: Loop, folder: Path, start: Position) -> None:
+def announce(loop: Loop, folder: Path, start: Position, data: Mapping[str, Any]) -> None:
+    """What is trained on what and how, before it is."""
     run, settings = loop.run, loop.settings
     parameters = sum(parameter.numel() for parameter in run.task.trainable_module.parameters())
     rates = getattr(run.scheduler, "base_values", None)
     rate = max(rates or [group["lr"] for group in run.optimizer.param_groups])
     _logger.info(
-        f"{run.arch}: {parameters:,} parameters on {loop.device}; {settings.epochs} epochs of "
-        f"{len(loop.loader)} batches; {type(run.optimizer).__name__}, learning rate {rate:.3g}"
+        f"{run.arch}: {parameters:,} parameters on {loop.device}, "
+        f"input {' x '.join(map(str, data['input_size']))} (channels, height, width)"
+    )
+    _logger.info(
+        f"{counted(settings.epochs, 'epoch')} of {counted(len(loop.loader), 'batch')}; "
+        f"{type(run.optimizer).__name__}, learning rate {rate:.3g}"
     )
     schedule = run.task.schedule
     if schedule is not None:
         targets = sorted({layer.target_drop_prob for layer in schedule.layers})
         _logger.info(
-            f"{len(schedule.layers)} structured layers, drop rate "
+            f"{counted(len(schedule.layers), 'structured layer')}, drop rate "
             f"{', '.join(map(str, targets))}, {schedule.shape}"
         )
     if start.epoch >= settings.epochs:
         _logger.info(
-            f"The run has its {settings.epochs} epochs already; --epochs N goes on to N of them"
+            f"The run has its {counted(settings.epochs, 'epoch')} already; --epochs N goes on to "
+            "N of them"
         )
-    where = f" from epoch {start.epoch}, batch {start.batch}" if start != Position() else ""
-    _logger.info(f"Writing to {folder}{where}")
+    elif start != Position():
+        _logger.info(
+            f"Going on with batch {start.batch + 1} of epoch {start.epoch + 1}/{settings.epochs}"
+        )
+    _logger.info(f"Writing to {folder}")
 
 
 def compile_and_wrap(flags: argparse.Namespace, loop: Loop, process: Process) -> None:
@@ -342,8 +342,11 @@ def report(flags: argparse.Namespace, loop: Loop, results: list[dict[str, Any]])
     """timm's closing lines, and what to run next."""
     saver = loop.saver
     assert saver is not None
-    if saver.best_metric is not None:
-        _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
+    if saver.best_metric is not None and saver.best_epoch is not None:
+        _logger.info(
+            f"*** Best metric: {saver.best_metric:.4f} (epoch {saver.best_epoch + 1}/"
+            f"{loop.settings.epochs}, which summary.csv numbers {saver.best_epoch})"
+        )
     metric = flags.eval_metric
 
     def figure(result: Mapping[str, Any]) -> float:

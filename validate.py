@@ -24,35 +24,37 @@ import timm
 import torch
 from timm.utils import random_seed
 
-from timm_structdrop.errors import UserError, is_users, nearest, one_line, run_command
+from timm_structdrop.errors import UserError, is_users, one_line, run_command
 from timm_structdrop.evaluation import with_dropblock, write_results
 from timm_structdrop.models.weights import Checkpoint, load_weights
 from timm_structdrop.recipes.build import build_model
+from timm_structdrop.recipes.build_data import check_interpolation
 from timm_structdrop.recipes.build_evaluation import (
     Subject,
     check_classes,
     data_config,
     evaluation_batches,
     place_model,
-    start_device,
     with_training_defaults,
 )
 from timm_structdrop.recipes.build_robustness import study
+from timm_structdrop.recipes.device import check_compile_backend, chosen_device, make_fast
 from timm_structdrop.recipes.robustness_flags import check_robustness_flags
 from timm_structdrop.recipes.validate_flags import parse_validate_flags
+from timm_structdrop.words import counted
 
 _logger = logging.getLogger("timm_structdrop.validate")
 
 # Pretrained weights of timm whose classes are not those of ImageNet-1k, as in timm's validate.py.
 NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags, checkpoint, decided = parse_validate_flags(argv)
     start_logging(flags, checkpoint, decided)
     check_flags(flags)
-    device = start_device(flags)
+    device = chosen_device(flags.device)
+    make_fast(flags, device)
     names = None if checkpoint else matching_models(flags.model)
     if names is None:
         result: Any = validate(flags, checkpoint, device)
@@ -79,14 +81,8 @@ def check_flags(flags: argparse.Namespace) -> None:
     """What would otherwise fail after the work is done, or in the middle of it."""
     if flags.amp and flags.model_dtype not in (None, "float32"):
         raise UserError(f"--amp needs --model-dtype float32; got {flags.model_dtype}")
-    if flags.interpolation and flags.interpolation not in INTERPOLATIONS:
-        hint = nearest(flags.interpolation, INTERPOLATIONS)
-        raise UserError(f"unknown interpolation {flags.interpolation!r}{hint}")
-    if flags.torchcompile:
-        backends = torch.compiler.list_backends(exclude_tags=())
-        if flags.torchcompile not in backends:
-            hint = nearest(flags.torchcompile, backends)
-            raise UserError(f"unknown torch.compile backend {flags.torchcompile!r}{hint}")
+    check_interpolation(flags.interpolation)
+    check_compile_backend(flags.torchcompile)
     check_robustness_flags(flags)
     if flags.results_file:
         path = Path(flags.results_file)
@@ -150,7 +146,11 @@ def validate(
         note = with_dropblock(model, data["input_size"][1:])
         _logger.info(f"Dropping at inference: {note}")
     model = place_model(flags, model, device)
-    _logger.info(f"{flags.model}: {n_parameters:,} parameters on {device}, {len(loader)} batches")
+    shape = " x ".join(map(str, data["input_size"]))
+    _logger.info(
+        f"{flags.model}: {n_parameters:,} parameters on {device}, "
+        f"{counted(len(loader), 'batch')} of {shape} inputs"
+    )
     path = checkpoint.path if checkpoint else None
     return study(Subject(flags, model, loader, data, device, n_parameters, path, note))
 

@@ -207,9 +207,9 @@ def test_odd_text_survives_the_metadata():
     assert card.data.eval_results[0].dataset_name == name
 
 
-@pytest.mark.parametrize("license", ["", "  ", "apache 2.0", None])
+@pytest.mark.parametrize("license", ["", "  ", "apache 2.0", "apache2", "Apache-2.0", None])
 def test_a_license_must_be_stated(license):
-    with pytest.raises(UserError, match="license must be an identifier"):
+    with pytest.raises(UserError, match="license must be an identifier of the Hub"):
         make_card(timm.create_model("resnet8_dropblock"), license=license)
 
 

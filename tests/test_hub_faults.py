@@ -21,18 +21,6 @@ result = push_to_hub(model, repo, license="mit", **settings).commit_url
 """
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub.env(tmp_path_factory.mktemp("home"))) as client:
-        yield client
-
-
 def piece(repo, seed=1.0, **settings):
     return PUSH, {"repo": repo, "seed": seed, "settings": settings}
 

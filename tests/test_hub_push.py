@@ -9,8 +9,6 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_client import Client
-from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load as load_tensors
 
@@ -28,18 +26,6 @@ if clusters:
     model.act1.dropcluster.fit(torch.randn(8, 6, 28, 28), at=3)
 """
 PUSH = LENET + "result = push_to_hub(model, repo, **{'license': 'mit', **settings}).commit_url"
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with Client(hub.env(tmp_path_factory.mktemp("home"))) as client:
-        yield client
 
 
 def push(client, repo, clusters=True, seed=0, **settings):
@@ -190,8 +176,9 @@ def test_what_timm_could_not_rebuild_is_refused(tmp_path):
         ("net", "mit", "named user/name; got 'net'"),
         ("a/b/c", "mit", "named user/name"),
         ("a/b c", "mit", "cannot push to a/b c: a repository is named user/name"),
-        ("alice/net", "", "license must be an identifier"),
-        ("alice/net", None, "license must be an identifier"),
+        ("alice/net", "", "a license must be an identifier of the Hub"),
+        ("alice/net", None, "a license must be an identifier of the Hub"),
+        ("alice/net", "apache2", r"got 'apache2' \(nearest: apache-2.0"),
     ],
 )
 def test_nothing_is_sent_with_wrong_arguments(repo, license, message):
@@ -199,6 +186,18 @@ def test_nothing_is_sent_with_wrong_arguments(repo, license, message):
         push_to_hub(timm.create_model("lenet5_dropblock"), repo, license=license)
     with pytest.raises(TypeError, match="license"):
         push_to_hub(timm.create_model("lenet5_dropblock"), repo)
+
+
+def test_what_is_wrong_is_said_before_anything_is_read_or_drawn(monkeypatch):
+    argv = ["push", "nowhere", "alice/net", "--license"]
+    with pytest.raises(UserError, match=r"got 'foo' \(nearest: "):
+        main([*argv, "foo"])
+    monkeypatch.setattr("timm_structdrop.hub.push.get_token", lambda: None)
+    with pytest.raises(UserError, match="cannot push to alice/net: there is no token; run `hf"):
+        main([*argv, "mit"])
+    monkeypatch.setattr("timm_structdrop.hub.push.get_token", lambda: "hf_alice")
+    with pytest.raises(UserError, match=r"DIR must be an output folder.*got nowhere"):
+        main([*argv, "mit"])
 
 
 def test_readmes_merge():
@@ -225,7 +224,8 @@ def test_readmes_merge():
         (lambda folder: _write(folder, "last.pth.tar", "?"), "whole torch or safetensors file"),
     ],
 )
-def test_folders_that_hold_no_model(tmp_path, make, message):
+def test_folders_that_hold_no_model(tmp_path, monkeypatch, make, message):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
     make(tmp_path / "run")
     with pytest.raises(UserError, match=message):
         main(["push", str(tmp_path / "run"), "alice/net", "--license", "mit"])

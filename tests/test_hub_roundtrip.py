@@ -31,12 +31,6 @@ from timm_structdrop.__main__ import main
 """
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
-
-
 @pytest.fixture
 def at_hub(hub, tmp_path, monkeypatch):
     """The processes that this one starts talk to the hub."""
@@ -139,7 +133,11 @@ def test_training_goes_on_when_the_hub_is_away(tmp_path, monkeypatch, caplog):
     ("flags", "message"),
     [
         (["--push-to-hub", "alice/net"], "--push-to-hub needs --hub-license, such as apache-2.0"),
-        (["--push-to-hub", "net", "--hub-license", "mit"], "must name user/name; got 'net'"),
+        (["--push-to-hub", "a/b", "--hub-license", "apache2"], r"'apache2' \(nearest: apache-2.0"),
+        (
+            ["--push-to-hub", "net", "--hub-license", "mit"],
+            "a repository is named user/name; got 'net'",
+        ),
         (["--push-every", "3"], "--push-every needs --push-to-hub; got 3"),
     ],
 )

@@ -301,7 +301,7 @@ def test_a_sweep_that_was_killed_goes_on_exactly(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "none" / "seed-0.json").exists()
     main(command)
     log = (tmp_path / "out" / "none" / "seed-0.log").read_text()
-    assert log.count("Writing to") == 2 and "from epoch" in log
+    assert log.count("Writing to") == 2 and "Going on with batch" in log
     for cell in ("none", "dropblock"):
         load_script("train").main(
             [

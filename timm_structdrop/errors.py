@@ -131,7 +131,7 @@ def _plain_warnings() -> Iterator[None]:
             return usual(message, category, *where, **source)
         return f"warning: {' '.join(str(message).split())}\n"
 
-    warnings.formatwarning = plain  # type: ignore[assignment]
+    warnings.formatwarning = plain
     try:
         yield
     finally:

@@ -18,8 +18,10 @@ from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkp
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_data import input_settings
+from timm_structdrop.recipes.device import chosen_device
 from timm_structdrop.recipes.parser import Keywords, at_least, fraction
 from timm_structdrop.training import derive_seed, seed_everything
+from timm_structdrop.words import counted
 
 __all__ = ["Subject", "add_subject_flags", "load_subject"]
 
@@ -72,7 +74,8 @@ class Subject:
     def images_text(self) -> str:
         channels, height, width = self.facts["input_size"]
         return (
-            f"{self.facts['num_images']} {self.facts['split']} images of {self.facts['dataset']} "
+            f"{counted(self.facts['num_images'], self.facts['split'] + ' image')} of "
+            f"{self.facts['dataset']} "
             f"({channels}x{height}x{width})"
         )
 
@@ -152,7 +155,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     """
     if args.checkpoint and args.pretrained:
         raise UserError("weights come from --checkpoint or from --pretrained; got both")
-    device = _device(args.device)
+    device = chosen_device(args.device)
     checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
     flags = _with_training_flags(args, checkpoint)
     seed_everything("model", flags.seed)
@@ -178,17 +181,6 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 def _short_name(name: str, model: nn.Module) -> str:
     return str(model.pretrained_cfg["architecture"]) if ":" in name else name  # type: ignore[index]
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        raise UserError(f"--device must be available; got {name!r}, and torch sees {seen} GPUs")
-    return device
 
 
 def _with_training_flags(

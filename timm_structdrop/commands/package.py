@@ -29,6 +29,7 @@ from timm_structdrop.commands._images import Subject, add_subject_flags, load_su
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.evaluation import evaluate
+from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.weights import read_checkpoint
@@ -54,6 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_license(args.license)
     checkpoint = read_checkpoint(args.training, args.use_ema)
     name, trained = checkpoint.arch or "", checkpoint.args
     if name not in variants:

@@ -14,7 +14,7 @@ import timm
 
 from timm_structdrop.commands._runs import Trained, read_run
 from timm_structdrop.errors import UserError, one_line
-from timm_structdrop.hub import push_to_hub
+from timm_structdrop.hub import check_push, push_to_hub
 from timm_structdrop.hub.export import CONFIG
 
 __all__ = ["add_flags", "run"]
@@ -31,6 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_push(args.repo, args.license)
     trained = read_folder(Path(args.folder))
     info = push_to_hub(
         trained.model,

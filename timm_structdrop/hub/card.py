@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card_text import card_text
+from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.hub.model_stats import regularizer_uses
 
 if TYPE_CHECKING:
@@ -52,20 +53,19 @@ def make_card(
         A `huggingface_hub.ModelCard`; `str()` of it is the README.
 
     Raises:
-        UserError: the license is not one word, or a figure is not a number in [0, 100].
+        UserError: the license is none of the Hub's, or a figure is not a number in [0, 100].
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     known = dict(facts or {})
-    if not isinstance(license, str) or not license.strip() or " " in license.strip():
-        raise UserError(f"license must be an identifier such as apache-2.0; got {license!r}")
+    license = check_license(license)
     uses = regularizer_uses(model)
     architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "model"))
     name = known.get("name") or (repo_id or architecture).rpartition("/")[2]
     dataset = dataset_id(known.get("dataset"))
     results = eval_results(known, dataset)
     data = ModelCardData(
-        license=license.strip(),
+        license=license,
         library_name="timm",
         pipeline_tag=TASK,
         tags=[TASK, "timm", "timm_structdrop", *(use.name for use in uses)],
@@ -75,7 +75,7 @@ def make_card(
         eval_results=results or None,
     )
     body = card_text(
-        model, uses, title=title or name, license=license.strip(), repo_id=repo_id, facts=known
+        model, uses, title=title or name, license=license, repo_id=repo_id, facts=known
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 

@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps, save_png
@@ -19,9 +21,10 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card import make_card
 from timm_structdrop.hub.export import export_model, layer_settings
 from timm_structdrop.hub.failures import hub_errors, with_retries
+from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.hub.readme import updated_readme
 
-__all__ = ["push_to_hub"]
+__all__ = ["check_push", "push_to_hub"]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,11 +72,10 @@ def push_to_hub(
         huggingface_hub's ``CommitInfo``; that of the last commit where nothing has changed.
 
     Raises:
-        UserError: the model cannot be exported, there is no license, or the Hub refuses or cannot
-            be reached; one line names the cause.
+        UserError: what :func:`check_push` raises; or the model cannot be exported, or the Hub
+            refuses or cannot be reached: one line names the cause.
     """
-    if not isinstance(repo_id, str) or repo_id.count("/") != 1:
-        raise UserError(f"a repository is named user/name; got {repo_id!r}")
+    check_push(repo_id, license, token)
     api = HfApi(token=token, library_name="timm_structdrop")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
@@ -107,6 +109,27 @@ def push_to_hub(
                 )
 
             return with_retries(commit)
+
+
+def check_push(repo_id: str, license: str, token: str | None = None) -> None:
+    """What can be known of a push before there is anything to push, without asking the Hub.
+
+    Args:
+        repo_id: as for :func:`push_to_hub`.
+        license: as for :func:`push_to_hub`.
+        token: as for :func:`push_to_hub`.
+
+    Raises:
+        UserError: the repository has no name as the Hub's have, the license is none of the Hub's,
+            or there is no token.
+    """
+    if not isinstance(repo_id, str) or repo_id.count("/") != 1:
+        raise UserError(f"a repository is named user/name; got {repo_id!r}")
+    with hub_errors("push to", repo_id):
+        validate_repo_id(repo_id)
+        check_license(license)
+        if not (token or get_token()):
+            raise LocalTokenNotFoundError
 
 
 def _rate(model: nn.Module) -> dict[str, float]:

@@ -21,6 +21,7 @@ from timm_structdrop.layers import DropCluster2d
 from timm_structdrop.models.placement import paper_schedule, structdrop_layers
 from timm_structdrop.models.structdrop_attached import attach
 from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.recipes.device import check_compile_backend
 from timm_structdrop.recipes.parser import parse_structdrop
 from timm_structdrop.training import (
     ClusterRefits,
@@ -29,6 +30,7 @@ from timm_structdrop.training import (
     has_fork,
     make_task,
 )
+from timm_structdrop.words import counted
 
 __all__ = ["build_model", "build_optimizer", "build_scheduler", "build_task"]
 
@@ -41,11 +43,7 @@ def build_model(flags: argparse.Namespace) -> Any:
     Raises:
         UserError: the model is unknown or does not take what the flags say.
     """
-    if flags.torchcompile:
-        backends = torch.compiler.list_backends(exclude_tags=())
-        if flags.torchcompile not in backends:
-            hint = nearest(flags.torchcompile, backends)
-            raise UserError(f"unknown torch.compile backend {flags.torchcompile!r}{hint}")
+    check_compile_backend(flags.torchcompile)
     arch = flags.model.split(".")[0]
     if ":" not in flags.model and not timm.is_model(arch):
         raise UserError(f"unknown model {flags.model!r}{nearest(arch, timm.list_models())}")
@@ -184,7 +182,7 @@ def build_task(
         if flags.cluster_start >= epochs and not fitted:
             _logger.warning(
                 f"DropCluster will not do anything: its first fit is in epoch "
-                f"{flags.cluster_start} (--cluster-start) of a run of {epochs} epochs"
+                f"{flags.cluster_start} (--cluster-start, counted from 0) of a run of {counted(epochs, 'epoch')}"
             )
     mutual: dict[str, Any] = {}
     if has_fork(model):

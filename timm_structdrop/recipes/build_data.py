@@ -22,7 +22,13 @@ from timm_structdrop.evaluation import evaluate
 from timm_structdrop.models._trace import first_conv
 from timm_structdrop.training import Progress
 
-__all__ = ["evaluation", "input_settings", "training_batches", "validation_batches"]
+__all__ = [
+    "check_interpolation",
+    "evaluation",
+    "input_settings",
+    "training_batches",
+    "validation_batches",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -40,9 +46,9 @@ def input_settings(flags: argparse.Namespace, model: Any) -> dict[str, Any]:
         values = getattr(flags, name)
         if values is not None and len(values) not in (1, channels):
             raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
-    for name in (flags.interpolation, flags.train_interpolation):
-        if name and name != "random" and name not in INTERPOLATIONS:
-            raise UserError(f"unknown interpolation {name!r}{nearest(name, INTERPOLATIONS)}")
+    check_interpolation(flags.interpolation)
+    if flags.train_interpolation != "random":
+        check_interpolation(flags.train_interpolation)
     settings = dict(vars(flags))
     if not settings.get("input_size"):
         # timm takes three channels for granted with --img-size, and the model's size otherwise
@@ -50,6 +56,12 @@ def input_settings(flags: argparse.Namespace, model: Any) -> dict[str, Any]:
         height, width = (size, size) if size else model.pretrained_cfg["input_size"][1:]
         settings["input_size"] = (channels, height, width)
     return resolve_data_config(settings, model=model)
+
+
+def check_interpolation(name: str) -> None:
+    """Raise UserError for a way of resizing that timm does not have; '' stands for the model's."""
+    if name and name not in INTERPOLATIONS:
+        raise UserError(f"unknown interpolation {name!r}{nearest(name, INTERPOLATIONS)}")
 
 
 def training_batches(
@@ -83,7 +95,7 @@ def training_batches(
         )
     if classes is not None and len(classes) < num_classes and rank == 0:
         _logger.warning(
-            f"The model has {num_classes} outputs, the data {len(classes)} classes: "
+            f"The model has {num_classes} outputs, the data have {len(classes)} classes: "
             f"--num-classes {len(classes)} makes them equal"
         )
     if not isinstance(dataset, IterableDataset):

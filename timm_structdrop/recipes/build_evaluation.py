@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.layers import set_fast_norm
 from torch import nn
 
 from timm_structdrop.data import class_names
@@ -21,6 +20,7 @@ from timm_structdrop.evaluation import CorruptedDataset, accuracy_row
 from timm_structdrop.models.weights import Checkpoint
 from timm_structdrop.recipes.build_data import validation_batches
 from timm_structdrop.recipes.train_flags import train_parser
+from timm_structdrop.words import counted
 
 __all__ = [
     "Subject",
@@ -28,7 +28,6 @@ __all__ = [
     "data_config",
     "evaluation_batches",
     "place_model",
-    "start_device",
     "with_training_defaults",
 ]
 
@@ -76,28 +75,6 @@ class Subject:
         )
 
 
-def start_device(flags: argparse.Namespace) -> torch.device:
-    """The device of the flags, with the settings that make it fast.
-
-    Raises:
-        UserError: torch does not know the device, or does not see it.
-    """
-    name = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device must be one that torch knows; got {name!r}") from error
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            seen = torch.cuda.device_count()
-            raise UserError(f"--device must be available; got {name!r}, and torch sees {seen} GPUs")
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if flags.fast_norm:
-        set_fast_norm()
-    return device
-
-
 def with_training_defaults(flags: argparse.Namespace) -> argparse.Namespace:
     """The flags with those only train.py has, whose defaults change nothing at evaluation."""
     return argparse.Namespace(**{**vars(train_parser().parse_flags([])), **vars(flags)})
@@ -134,7 +111,9 @@ def evaluation_batches(
         return validation_batches(settings, data, device)
     if data["input_size"][0] not in (1, 3):
         channels = data["input_size"][0]
-        raise UserError(f"corruptions need gray or RGB images; the model has {channels} channels")
+        raise UserError(
+            f"corruptions need gray or RGB images; the model has {counted(channels, 'channel')}"
+        )
     settings.no_prefetcher = False  # with it, images are normalised after they are corrupted
     wrap = partial(CorruptedDataset, seed=flags.seed)
     return validation_batches(settings, data, device, wrap=wrap)
