@@ -52,7 +52,7 @@ def write(results: dict[str, Any], folder: Path, named: list[str]) -> list[Path]
                 results["skipped"][picture.name] = str(error)
     paths.append(save_json(results, stem.with_suffix(".json")))
     paths.append(save_text(page(read(paths[-1])), stem.with_suffix(".md")))
-    if stem == RESULTS / "speed":
+    if stem.resolve() == RESULTS.resolve() / "speed":
         text = with_summary(DOCUMENT.read_text(encoding="utf-8"), read(stem.with_suffix(".json")))
         paths.append(save_text(text, DOCUMENT))
     return paths
