@@ -44,6 +44,7 @@ from timm_structdrop.recipes.build import (
     build_task,
 )
 from timm_structdrop.recipes.build_data import evaluation, input_settings, training_batches
+from timm_structdrop.recipes.console import log_to_terminal
 from timm_structdrop.recipes.device import chosen_device, make_fast
 from timm_structdrop.recipes.tag_settings import with_tag_settings
 from timm_structdrop.training import (
@@ -128,9 +129,7 @@ def start_process(flags: argparse.Namespace) -> Process:
     chosen = chosen_device(flags.device)
     found = argparse.Namespace(device=str(chosen))
     process = Process(init_distributed_device(found), found.rank, found.world_size)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    ours = logging.getLogger("timm_structdrop")
-    ours.setLevel(logging.INFO if process.rank == 0 else logging.WARNING)
+    log_to_terminal(is_first=process.rank == 0)
     if chosen.type == "cpu" and flags.workers and "OMP_NUM_THREADS" not in os.environ:
         # threads that wait for each other are slow where worker processes take their cores
         torch.set_num_threads(max(1, torch.get_num_threads() - flags.workers))

@@ -27,7 +27,7 @@ from timm.utils import random_seed
 from timm_structdrop.errors import UserError, is_users, one_line, run_command
 from timm_structdrop.evaluation import with_dropblock, write_results
 from timm_structdrop.models.weights import Checkpoint, load_weights
-from timm_structdrop.recipes.build import build_model
+from timm_structdrop.recipes.build import build_model, check_has_weights
 from timm_structdrop.recipes.build_data import check_interpolation
 from timm_structdrop.recipes.build_evaluation import (
     Subject,
@@ -38,6 +38,7 @@ from timm_structdrop.recipes.build_evaluation import (
     with_training_defaults,
 )
 from timm_structdrop.recipes.build_robustness import study
+from timm_structdrop.recipes.console import log_to_terminal
 from timm_structdrop.recipes.device import check_compile_backend, chosen_device, make_fast
 from timm_structdrop.recipes.robustness_flags import check_robustness_flags
 from timm_structdrop.recipes.validate_flags import parse_validate_flags
@@ -67,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start_logging(
     flags: argparse.Namespace, checkpoint: Checkpoint | None, decided: Mapping[str, Any]
 ) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("timm_structdrop").setLevel(logging.INFO)
+    log_to_terminal()
     if checkpoint is not None:
         kind = "averaged weights" if checkpoint.is_ema else "weights"
         _logger.info(f"Reading {kind} from {checkpoint.path}")
@@ -158,9 +158,8 @@ def validate(
 def make_model(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
     """The model with the checkpoint's weights, or without a checkpoint its pretrained ones."""
     name = flags.model
-    has_weights = bool(timm.list_models(name, pretrained=True))
-    if checkpoint is None and timm.is_model(name) and not has_weights:
-        raise UserError(f"a model must have pretrained weights or --checkpoint; {name} has none")
+    if checkpoint is None and timm.is_model(name):
+        check_has_weights(name, "a model must have pretrained weights or --checkpoint")
     settings = with_training_defaults(flags)
     settings.pretrained = checkpoint is None
     model = build_model(settings)

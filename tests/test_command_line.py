@@ -1,9 +1,12 @@
 """What every command shares: errors of one line without a usage, and readable help."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from script import load_script
+from script import ROOT, load_script
 
 from timm_structdrop.__main__ import COMMANDS
 from timm_structdrop.__main__ import main as subcommands
@@ -95,3 +98,44 @@ def test_every_flag_stands_in_a_group_with_a_help(parser):
         assert len(group._group_actions) > 1, group.title
         assert all(action.help for action in group._group_actions), group.title
     assert [action.dest for action in groups[0]._group_actions] == ["help"]
+
+
+def python(code, **env):
+    """What a process of its own says on stderr: libraries read the environment at import."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    return done.stderr.decode()
+
+
+def test_without_the_hub_the_packaged_weights_are_named(tmp_path):
+    code = """
+from train import main
+from timm_structdrop.errors import run_command
+argv = ["--model", "resnet18_dropcluster", "--pretrained", "--dataset", "digits"]
+run_command(lambda: main(argv))
+"""
+    said = python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert said == (
+        "error: cannot load the weights of resnet18_dropcluster: offline mode is on; unset "
+        "HF_HUB_OFFLINE; in the package: lenet5_dropcluster.digits, resnet20_dropcluster.digits\n"
+    )
+
+
+def test_what_the_hubs_client_says_is_said_once():
+    code = """
+import logging
+from timm_structdrop.recipes.console import log_to_terminal
+log_to_terminal()
+logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+logging.getLogger("timm_structdrop.x").info("ours")
+"""
+    assert python(code).splitlines() == ["Retrying in 1s", "ours"]
+
+
+def test_where_a_model_has_no_weights_the_packaged_ones_are_named():
+    argv = ["--model", "resnet20_dropout", "--dataset", "digits"]
+    for script, more in (("train", ["--pretrained"]), ("validate", [])):
+        with pytest.raises(
+            UserError, match=r"resnet20_dropout has none; in the package: resnet20_"
+        ):
+            SCRIPTS[script]([*argv, *more])

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -35,12 +36,13 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def hub_errors(doing: str, repo_id: str) -> Iterator[None]:
+def hub_errors(doing: str, repo_id: str, instead: str = "") -> Iterator[None]:
     """Turn every failure of Hub calls within the block into a `UserError` that names the cause.
 
     Args:
         doing: what is not possible, as in ``cannot <doing> <repo_id>: <cause>``.
-        repo_id: the repository.
+        repo_id: the repository, or what comes from it.
+        instead: what else one can do, to put behind the cause.
 
     Raises:
         UserError: in place of errors of the client, of HTTP and of the operating system.
@@ -53,7 +55,7 @@ def hub_errors(doing: str, repo_id: str) -> Iterator[None]:
         cause = _cause(error)
         if cause is None:
             raise
-        raise UserError(f"cannot {doing} {repo_id}: {cause}") from error
+        raise UserError(f"cannot {doing} {repo_id}: {cause}{instead}") from error
 
 
 def with_retries(attempt: Callable[[], Result]) -> Result:
@@ -135,7 +137,8 @@ def _cause(error: BaseException) -> str | None:
     if response_error is not None:
         return _cause_of_status(response_error)
     for link in links:
-        if is_users(link):
+        # the client's word for "neither there nor in the cache", whose cause comes further on
+        if is_users(link) and not isinstance(link, LocalEntryNotFoundError):
             return one_line(link)
     for link in links:
         if isinstance(link, OSError) and "Consistency check failed" in str(link):

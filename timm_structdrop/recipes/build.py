@@ -17,7 +17,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.hub.failures import hub_errors
 from timm_structdrop.layers import DropCluster2d
+from timm_structdrop.models.packaged import packaged
 from timm_structdrop.models.placement import paper_schedule, structdrop_layers
 from timm_structdrop.models.structdrop_attached import attach
 from timm_structdrop.models.structdrop_variants import variants
@@ -32,7 +34,7 @@ from timm_structdrop.training import (
 )
 from timm_structdrop.words import counted
 
-__all__ = ["build_model", "build_optimizer", "build_scheduler", "build_task"]
+__all__ = ["build_model", "build_optimizer", "build_scheduler", "build_task", "check_has_weights"]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ def build_model(flags: argparse.Namespace) -> Any:
     arch = flags.model.split(".")[0]
     if ":" not in flags.model and not timm.is_model(arch):
         raise UserError(f"unknown model {flags.model!r}{nearest(arch, timm.list_models())}")
+    if flags.pretrained:
+        check_has_weights(flags.model, "--pretrained needs a model with pretrained weights")
     size = tuple(flags.input_size[1:]) if flags.input_size else flags.img_size
     settings: dict[str, Any] = dict(flags.model_kwargs)
     if arch in variants and size is not None:
@@ -55,20 +59,21 @@ def build_model(flags: argparse.Namespace) -> Any:
         settings["pretrained_cfg_overlay"] = {"file": flags.pretrained_path, "num_classes": -1}
     model: Any
     try:
-        model = timm.create_model(
-            flags.model,
-            pretrained=flags.pretrained or bool(flags.pretrained_path),
-            in_chans=flags.input_size[0] if flags.input_size else flags.in_chans,
-            num_classes=flags.num_classes,
-            drop_rate=flags.drop,
-            drop_path_rate=flags.drop_path,
-            drop_block_rate=flags.drop_block,
-            global_pool=flags.gp,
-            bn_momentum=flags.bn_momentum,
-            bn_eps=flags.bn_eps,
-            checkpoint_path=flags.initial_checkpoint,
-            **settings,
-        )
+        with hub_errors("load the weights of", flags.model, packaged_hint(arch)):
+            model = timm.create_model(
+                flags.model,
+                pretrained=flags.pretrained or bool(flags.pretrained_path),
+                in_chans=flags.input_size[0] if flags.input_size else flags.in_chans,
+                num_classes=flags.num_classes,
+                drop_rate=flags.drop,
+                drop_path_rate=flags.drop_path,
+                drop_block_rate=flags.drop_block,
+                global_pool=flags.gp,
+                bn_momentum=flags.bn_momentum,
+                bn_eps=flags.bn_eps,
+                checkpoint_path=flags.initial_checkpoint,
+                **settings,
+            )
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
@@ -83,6 +88,25 @@ def build_model(flags: argparse.Namespace) -> Any:
     if flags.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
+
+
+def check_has_weights(model: str, rule: str) -> None:
+    """Raise UserError, beginning with ``rule``, for a model of timm without pretrained weights."""
+    if ":" in model or timm.list_models(model, pretrained=True):
+        return
+    raise UserError(f"{rule}; {model} has none{packaged_hint(model.split('.')[0])}")
+
+
+def packaged_hint(arch: str) -> str:
+    """Names of the weights in the package that are of a variant's architecture, or else of its
+    regularizer, to put behind an error; empty for what is no variant."""
+    own = variants.get(arch)
+    if own is None:
+        return ""
+    there = [(variants[name], str(facts["name"])) for name, facts in packaged().items()]
+    near = [tagged for other, tagged in there if other.architecture is own.architecture]
+    near = near or [tagged for other, tagged in there if other.regularizer == own.regularizer]
+    return f"; in the package: {', '.join(near)}" if near else ""
 
 
 def _refusal(flags: argparse.Namespace, arch: str, error: Exception) -> str:
@@ -182,7 +206,8 @@ def build_task(
         if flags.cluster_start >= epochs and not fitted:
             _logger.warning(
                 f"DropCluster will not do anything: its first fit is in epoch "
-                f"{flags.cluster_start} (--cluster-start, counted from 0) of a run of {counted(epochs, 'epoch')}"
+                f"{flags.cluster_start} (--cluster-start, counted from 0) of a run of "
+                f"{counted(epochs, 'epoch')}"
             )
     mutual: dict[str, Any] = {}
     if has_fork(model):
