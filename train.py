@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.utils import NativeScaler, init_distributed_device
 from torch import nn
@@ -36,6 +35,7 @@ from timm_structdrop.errors import (
     run_command,
 )
 from timm_structdrop.hub import RunPushes, check_push
+from timm_structdrop.models.hanging import convert_sync_batchnorm
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.build import (
     build_model,

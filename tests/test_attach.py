@@ -1,6 +1,7 @@
 """attach: any regularizer on any CNN, what it leaves as it was, and how it is recorded."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from timm_structdrop import attach, restore, set_drop_prob
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropBlock2d, DropCluster2d
 from timm_structdrop.models.placement import paper_schedule, structdrop_layers
+from timm_structdrop.training.rblock import forked
 
 # one small model of each family, and a size that gives every stage a map of several pixels
 FAMILIES = {
@@ -230,6 +232,43 @@ def test_the_papers_schedule_is_the_default():
     assert paper_schedule(model) == "linear"
     attach(model, "dropcluster", img_size=64)
     assert paper_schedule(model) == "constant"
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "convnext_atto"])
+def test_layers_at_the_head_survive_another_number_of_classes(name):
+    model = timm.create_model(name, num_classes=3)
+    attach(model, "rblock", sub_models="c-drop", drop_prob=0.5, img_size=64)
+    pool = "head.global_pool" if name == "convnext_atto" else "global_pool"
+    attach(model, "dropout", modules=[pool], drop_prob=0.3)
+    layers = list(structdrop_layers(model))
+    ran = []
+    hooks = [m.register_forward_hook(lambda m, *_: ran.append(m)) for m in layers]
+    x = torch.randn(4, 3, 64, 64)
+    for num_classes in (7, 0, 5):
+        model.reset_classifier(num_classes)
+        assert {id(layer) for layer in structdrop_layers(model)} == set(map(id, layers))
+        ran.clear()
+        with forked(model.train()):
+            out = model(x)
+        assert sorted(map(id, ran)) == sorted(map(id, layers))
+        assert len(out) == 8
+        assert num_classes in (0, out.shape[1])
+    for hook in hooks:
+        hook.remove()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        twin.eval().reset_classifier(2)
+        assert len(list(structdrop_layers(twin))) == 2
+        assert (twin(x).shape[1], model.eval()(x).shape[1]) == (2, 5)
+
+
+def test_layers_that_pruning_takes_away_do_not_come_back():
+    model = timm.create_model("resnet18", num_classes=3)
+    attach(model, "dropblock", modules=["layer2", "layer4.1.act1"])
+    model.prune_intermediate_layers([2])
+    assert len(list(structdrop_layers(model))) == 1
 
 
 def test_an_averaged_copy_of_an_attached_model_follows_it():

@@ -11,6 +11,7 @@ from torch import nn
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import StructDropLayer
 from timm_structdrop.models._trace import trace
+from timm_structdrop.models.hanging import convert_sync_batchnorm
 from timm_structdrop.models.placement import place
 from timm_structdrop.models.slots import Slot, find_slots, insert, stage_modules, stem_slot
 
@@ -155,6 +156,58 @@ def test_copies_and_pickles_run_their_own_layer():
         assert torch.equal(twin(x), model(x))
         twin.act1.halve.forward = lambda x: x
         assert not torch.allclose(twin(x), model(x))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)) + x)
+
+
+CONVERSIONS = {
+    "torch's": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "timm's": timm.layers.convert_sync_batchnorm,
+    "ours": convert_sync_batchnorm,
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["", "skip_in"])
+@torch.no_grad()
+def test_what_hangs_on_a_norm_survives_its_conversion_to_syncbatchnorm(conversion, compiled, kind):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Sequential(Residual(), Residual()), Residual()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plain = model(x)
+    for layer in (Halve(), Negate()):
+        insert(model, Slot("0.1.bn", kind, 0), layer)
+    expected = model(x)
+    assert not torch.allclose(expected, plain)
+    model = CONVERSIONS[conversion](model)
+    assert isinstance(model[0][1].bn, nn.SyncBatchNorm)
+    run = torch.compile(model, backend="eager") if compiled else copy.deepcopy(model)
+    if compiled and conversion != "ours":
+        with pytest.warns(UserWarning, match="do nothing .* converted .* and compiled at once"):
+            run(x)
+        model(x)
+        torch._dynamo.reset()
+    for _ in range(2):
+        assert torch.equal(run(x), expected)
+
+
+def test_a_norm_made_anew_without_its_layer_is_an_error_in_training():
+    model = nn.Sequential(Residual())
+    insert(model, Slot("0.bn", "", 0), Halve())
+    frozen = timm.layers.freeze_batch_norm_2d(model)
+    x = torch.randn(2, 3, 8, 8)
+    message = "a norm must keep its halve layer in training; bn of Residual, now FrozenBatchNorm2d"
+    with pytest.raises(UserError, match=message):
+        frozen(x)
+    assert frozen.eval()(x).shape == x.shape
 
 
 def test_a_slot_takes_a_regularizer_once():

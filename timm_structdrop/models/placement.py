@@ -12,6 +12,7 @@ from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import RBlock2d, StructDropLayer, regularizers
+from timm_structdrop.models._reset import keep_on_reset
 from timm_structdrop.models._trace import map_shape
 from timm_structdrop.models.forking import (
     head_slot,
@@ -151,6 +152,7 @@ def place(
         insert(model, slot, module)
     if issubclass(layer, RBlock2d):
         insert_fork(model, slots, size)
+    keep_on_reset(model, built)
     return model
 
 

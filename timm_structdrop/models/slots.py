@@ -21,8 +21,6 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from timm.models import BasicBlock, Bottleneck
 from torch import nn
@@ -30,6 +28,7 @@ from torch import nn
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import StructDropLayer
 from timm_structdrop.models._trace import NORMS, Step, trace
+from timm_structdrop.models.hanging import hang
 
 __all__ = ["KINDS", "Slot", "find_slots", "insert", "stage_modules", "stem_slot"]
 
@@ -132,19 +131,7 @@ def insert(model: nn.Module, slot: Slot, layer: StructDropLayer) -> None:
         for path, part in [(child, layer), *later]:
             module.add_module(path, part)
         return
-    module.add_module(child, layer)
-    if before:
-        module.register_forward_pre_hook(partial(_call_child_before, child))
-    else:
-        module.register_forward_hook(partial(_call_child, child))
-
-
-def _call_child_before(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule(name)(args[0]), *args[1:])
-
-
-def _call_child(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return module.get_submodule(name)(output)
+    hang(model, slot.path, child, layer, before)
 
 
 def _residual_slots(model: nn.Module, stages: dict[int, str]) -> Iterator[Slot]:
