@@ -13,7 +13,7 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.training import write_whole
 from timm_structdrop.training.progress import format_seconds
 
-__all__ = ["DOCUMENT", "RESULTS", "page", "section", "summary", "with_summary", "write"]
+__all__ = ["DOCUMENT", "RESULTS", "page", "read", "section", "summary", "with_summary", "write"]
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -45,6 +45,7 @@ def write(results: dict[str, Any], folder: Path, named: list[str]) -> list[Path]
         module = import_module(f"benchmarks.{name}")
         if hasattr(module, "draw"):
             picture = folder / ("-".join([name, *kind]) + ".png")
+            results["skipped"].pop(picture.name, None)
             try:
                 paths.append(save_png(module.draw(found["rows"]), picture))
                 results["pictures"][name] = picture.name

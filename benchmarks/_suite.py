@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._page import RESULTS, section, write
+from benchmarks._page import RESULTS, read, section, write
 from benchmarks._record import circumstances
 from benchmarks._settings import Settings
 from benchmarks._timing import one_thread
@@ -44,7 +44,7 @@ STUDIES = "gradient_bound, lr_gamma and digits_study"
 
 def flags() -> FlagParser:
     parser = FlagParser(
-        prog="python -m benchmarks",
+        usage="python -m benchmarks [NAME ...] [flags]",
         formatter_class=argparse.HelpFormatter,
         description="Measure the speed that the documentation states: all benchmarks one after "
         "another on one thread (about 20 minutes on two cores), or the named ones.",
@@ -62,6 +62,11 @@ def flags() -> FlagParser:
         help=f"for the JSON, the page and the picture ({RESULTS.name}/ beside the benchmarks for a "
         "whole run; one that is quick or of named ones is written only where this says)",
     )
+    add(
+        "--rewrite",
+        action="store_true",
+        help="measure nothing: page, picture and summary again from the recorded speed.json",
+    )
     return parser
 
 
@@ -71,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     names, settings = chosen(args.names), checked(args)
     whole = not args.names and not args.quick
     folder = output_folder(args.output) if args.output else RESULTS if whole else None
-    results = measured(names, settings)
+    if args.rewrite:
+        if not whole:
+            raise UserError("--rewrite must come without names and --quick: it measures nothing")
+        results = read(folder / "speed.json")
+    else:
+        results = measured(names, settings)
     if folder is not None:
         for path in write(results, folder, args.names):
             say(f"Written: {path}")
@@ -95,7 +105,7 @@ def checked(args: argparse.Namespace) -> Settings:
         raise UserError(f"--repeats must be at least 1; got {args.repeats}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if args.device not in devices:
-        raise UserError(f"--device must be one of {', '.join(devices)} here; got {args.device!r}")
+        raise UserError(f"--device must be {' or '.join(devices)} here; got {args.device!r}")
     return Settings(args.quick, args.repeats, args.device)
 
 
