@@ -416,3 +416,12 @@ def test_the_pure_function_and_the_layer_agree():
     torch.manual_seed(1)
     by_function = drop_cluster_2d(x, layer.labels, layer.structured, 0.4, 5)
     assert torch.equal(by_layer, by_function)
+
+
+def test_as_many_clusters_as_pixels_are_the_pixels():
+    """The upper end of [2, H W]: each pixel is a cluster, and dropping is unstructured."""
+    layer = DropCluster2d(3, (4, 4), n_clusters=16, drop_prob=0.25)
+    x = torch.randn(8, 3, 4, 4)
+    layer.fit(x)
+    assert all(len(labels.unique()) == 16 for labels in layer.labels)
+    assert layer(x).shape == x.shape

@@ -186,3 +186,19 @@ def test_the_amoebanet_setting_on_nasnet():
     assert arguments == {"modules": norms, "block_size": 11}
     assert "nasnetalarge_dropblock" in variants
     assert timm_structdrop.regularizers["dropblock"].layer.default_drop_prob() == 0.1
+
+
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        ("dropblock", {"drop_prob": 0.1, "block_size": 7, "gamma": "exact"}),
+        ("dropcluster", {"drop_prob": 0.1, "n_clusters": 15, "rounding": "stochastic"}),
+        ("camdrop", {"drop_prob": 0.1, "block_size": 7, "guide": "cam", "channels": "dominant"}),
+        ("rblock", {"drop_prob": 0.2, "block_size": 3, "sub_models": "sdropdml"}),
+    ],
+)
+def test_who_sets_nothing_gets_the_papers_settings(name, defaults):
+    model = timm.create_model(f"resnet20_{name}")
+    (first, *_) = structdrop_layers(model)
+    settings = {**first.settings(), "drop_prob": first.target_drop_prob}
+    assert defaults.items() <= settings.items()
