@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,9 +10,7 @@ from timm.layers import SelectAdaptivePool2d, create_classifier, get_device_dtyp
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from timm_structdrop.errors import UserError
-
-__all__ = ["StagedNet", "conv_block"]
+__all__ = ["StagedNet"]
 
 
 class StagedNet(nn.Module):
@@ -217,48 +214,3 @@ class StagedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-def conv_block(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    *,
-    padding: int = 0,
-    norm: bool = False,
-    before: Sequence[tuple[str, nn.Module]] = (),
-    **dd: Any,
-) -> nn.Sequential:
-    """A convolution with its activation, named as in a residual block: `conv1`, `bn1`, `act1`.
-
-    Args:
-        norm: with a batch norm, which then stands in for the convolution's bias.
-        before: named modules that come first, such as the pooling between two stages.
-        **dd: `device` and `dtype`.
-    """
-    layers: OrderedDict[str, nn.Module] = OrderedDict(before)
-    layers["conv1"] = nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=padding, bias=not norm, **dd
-    )
-    if norm:
-        layers["bn1"] = nn.BatchNorm2d(out_channels, **dd)
-    layers["act1"] = nn.ReLU(inplace=True)
-    return nn.Sequential(layers)
-
-
-def max_pool() -> nn.MaxPool2d:
-    """2 x 2 max-pooling that keeps the odd last row and column, so that no map vanishes."""
-    return nn.MaxPool2d(2, ceil_mode=True)
-
-
-def refuse_drop_path(drop_path_rate: float) -> None:
-    """For the constructor of a chain without shortcuts, where a dropped path is a dropped image.
-
-    Raises:
-        UserError: `drop_path_rate` is not 0.
-    """
-    if drop_path_rate:
-        raise UserError(
-            "drop_path_rate must be 0 in an architecture without residual branches; "
-            f"got {drop_path_rate}"
-        )

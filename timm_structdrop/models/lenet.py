@@ -9,7 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_structdrop.models._architectures import register_architecture, small_cfg
-from timm_structdrop.models._staged import StagedNet, conv_block, max_pool, refuse_drop_path
+from timm_structdrop.models._plain_chain import PlainChain, conv_block, max_pool
 
 __all__ = ["LeNet5"]
 
@@ -30,7 +30,7 @@ class PadToAtLeast(nn.Module):
         return f"{self.size}"
 
 
-class LeNet5(StagedNet):
+class LeNet5(PlainChain):
     """LeCun et al. (1998), Section II.B, with ReLU, max-pooling and a linear classifier.
 
     C1 (6 maps), S2, C3 (16 maps, each reading all six), S4, C5 (120), F6 (84), classes. C5 is a
@@ -44,11 +44,8 @@ class LeNet5(StagedNet):
 
     Args:
         global_pool: timm's pooling type; `""` for none.
-        drop_rate: dropout before the classifier, in [0, 1].
-        drop_path_rate: 0, as there are no residual branches.
-
-    Raises:
-        UserError: `drop_path_rate` is not 0.
+        num_classes, in_chans, drop_rate, drop_path_rate: see
+            :class:`~timm_structdrop.models._plain_chain.PlainChain`.
     """
 
     def __init__(
@@ -61,8 +58,7 @@ class LeNet5(StagedNet):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        refuse_drop_path(drop_path_rate)
-        super().__init__(num_classes, in_chans, drop_rate)
+        super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, 6, 5, **dd)
         self.act1 = nn.ReLU(inplace=True)

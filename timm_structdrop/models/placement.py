@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import RBlock2d, StructDropLayer, regularizers
+from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
 from timm_structdrop.models._reset import keep_on_reset
 from timm_structdrop.models._trace import map_shape
 from timm_structdrop.models.forking import (
@@ -20,7 +21,7 @@ from timm_structdrop.models.forking import (
     is_on_head,
     refuse_second_fork,
 )
-from timm_structdrop.models.slots import KINDS, Slot, find_slots, insert, stage_modules, stem_slot
+from timm_structdrop.models.slots import Slot, insert, stage_modules
 
 __all__ = [
     "PLACEMENTS",
@@ -34,8 +35,6 @@ __all__ = [
 ]
 
 PLACEMENT_KEYWORDS = ("stages", "where", "modules", "img_size")
-
-IMAGENET_SIZE = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def place(
     """
     layer = _layer_class(name)
     check_settings(layer, settings)
-    size = _image_size(model, img_size)
+    size = image_size(model, img_size)
     if issubclass(layer, RBlock2d):
         refuse_second_fork(model)
     if name == "rblock" and is_on_head(settings):
@@ -132,9 +131,11 @@ def place(
             )
         slots = [head_slot(model)]
     elif modules is None:
-        slots = _choose(model, name, stages, where, size)
+        default = PLACEMENTS.get(name, Placement(("conv",), 1, ""))
+        kinds = default.where if where is None else where
+        slots = slots_of_kinds(model, name, kinds, stages, default.last_stages, size)
     else:
-        slots = _named(model, modules)
+        slots = slots_after(model, modules)
     early = dict(PLACEMENTS[name].early) if name in PLACEMENTS and modules is None else {}
     deepest = max(stage_modules(model)) if early else 0
     rate = {} if drop_prob is None else {"drop_prob": drop_prob}
@@ -213,17 +214,6 @@ def _layer_class(name: str) -> type[StructDropLayer]:
     return regularizers[name].layer
 
 
-def _image_size(model: nn.Module, img_size: int | Sequence[int] | None) -> tuple[int, int]:
-    if img_size is None:
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        _, height, width = cfg.get("input_size", (3, *IMAGENET_SIZE))
-        return height, width
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"img_size must be one or two positive integers; got {img_size!r}")
-    return size[0], size[1]
-
-
 def _map_shape(
     layer: type[StructDropLayer], model: nn.Module, slot: Slot, img_size: tuple[int, int]
 ) -> tuple[int, tuple[int, int]]:
@@ -232,49 +222,3 @@ def _map_shape(
         return 0, (0, 0)
     channels, height, width = map_shape(model, slot.path, img_size, slot.kind == "skip_in")
     return channels, (height, width)
-
-
-def _choose(
-    model: nn.Module,
-    name: str,
-    stages: Sequence[int] | None,
-    where: str | Sequence[str] | None,
-    img_size: tuple[int, int],
-) -> list[Slot]:
-    placement = PLACEMENTS.get(name, Placement(("conv",), 1, ""))
-    kinds = placement.where if where is None else (where,) if isinstance(where, str) else where
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UserError(f"where must name kinds of {', '.join(KINDS)}; got {kind!r}")
-    if tuple(kinds) == ("stem",):
-        return [stem_slot(model, img_size)]
-    slots = [slot for slot in find_slots(model, img_size) if slot.kind in kinds]
-    have = sorted({slot.stage for slot in slots})
-    if not slots:
-        raise UserError(
-            f"{name} needs a place of kind {' or '.join(kinds)}; "
-            f"{type(model).__name__} has none: name modules to put it after"
-        )
-    if stages is not None and not isinstance(stages, Iterable):
-        raise UserError(f"stages must be a list of numbers; got {stages!r}")
-    wanted = have[-placement.last_stages :] if stages is None else list(stages)
-    for stage in wanted:
-        if stage not in have:
-            raise UserError(
-                f"stages of {type(model).__name__} with a place for {name} are "
-                f"{', '.join(map(str, have))}; got {stage}"
-            )
-    return [slot for slot in slots if slot.stage in wanted]
-
-
-def _named(model: nn.Module, modules: Sequence[str]) -> list[Slot]:
-    known = dict(model.named_modules())
-    if not modules:
-        raise UserError("modules must name at least one module; got none")
-    for path in modules:
-        if path not in known or not path:
-            raise UserError(
-                f"modules must be names of modules of {type(model).__name__}; "
-                f"got {path!r}{nearest(path, known)}"
-            )
-    return [Slot(path, "module", 0) for path in modules]

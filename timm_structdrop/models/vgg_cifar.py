@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from timm_structdrop.models._architectures import register_architecture, small_cfg
-from timm_structdrop.models._staged import StagedNet, conv_block, max_pool, refuse_drop_path
+from timm_structdrop.models._plain_chain import PlainChain, conv_block, max_pool
 
 __all__ = ["CifarVGG"]
 
 
-class CifarVGG(StagedNet):
+class CifarVGG(PlainChain):
     """Simonyan & Zisserman (2014), configuration D, with batch norm and one linear layer as head.
 
     Thirteen 3x3 convolutions in five groups, each followed by a max-pool. The first convolution is
@@ -24,11 +24,8 @@ class CifarVGG(StagedNet):
     Args:
         widths: channels of the convolutions, a tuple for each group.
         global_pool: timm's pooling type; `""` for none.
-        drop_rate: dropout before the classifier, in [0, 1].
-        drop_path_rate: 0, as there are no residual branches.
-
-    Raises:
-        UserError: `drop_path_rate` is not 0.
+        num_classes, in_chans, drop_rate, drop_path_rate: see
+            :class:`~timm_structdrop.models._plain_chain.PlainChain`.
     """
 
     def __init__(
@@ -47,8 +44,7 @@ class CifarVGG(StagedNet):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        refuse_drop_path(drop_path_rate)
-        super().__init__(num_classes, in_chans, drop_rate)
+        super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = {"device": device, "dtype": dtype}
         channels = widths[0][0]
         self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False, **dd)
