@@ -122,12 +122,14 @@ def test_what_takes_turns_is_compared_within_a_round():
 
 def test_along_a_curve_one_size_moves(monkeypatch):
     asked = []
-    functions = dict.fromkeys((growth.FIT, growth.CLUSTER, growth.BLOCK), lambda: None)
+    curves = (growth.FIT, growth.CLUSTER, growth.BLOCK, growth.FLOOR)
+    functions = dict.fromkeys(curves, lambda: None)
     monkeypatch.setattr(growth, "timed", lambda sizes, device: asked.append(sizes) or functions)
     rows = growth.axis_rows("images", Settings(repeats=1))
     assert asked == [{**growth.BASE, "images": count} for count in growth.AXES["images"]]
-    assert [row["what"] for row in rows] == list(functions)
-    assert growth.BLOCK not in {row["what"] for row in growth.axis_rows("clusters", Settings())}
+    assert [row["what"] for row in rows] == list(curves)
+    along_clusters = {row["what"] for row in growth.axis_rows("clusters", Settings())}
+    assert along_clusters == {growth.FIT, growth.CLUSTER}
 
 
 def test_a_whole_run_writes_its_files_and_the_summary(fake, capsys):
