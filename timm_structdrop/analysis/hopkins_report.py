@@ -95,6 +95,7 @@ class HopkinsReport:
         return large[-1] if large else None
 
     def is_structured(self, layer: LayerHopkins) -> bool:
+        """Whether the median of the layer's channels is at least ``threshold``."""
         return layer.median >= self.threshold
 
     def numbers(self) -> dict[str, Any]:

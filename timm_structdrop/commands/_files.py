@@ -21,12 +21,15 @@ class Files:
         self.pictures: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
 
     def json(self, name: str, numbers: Mapping[str, Any]) -> None:
+        """Write ``numbers`` into the file ``name``."""
         self.paths.append(save_json(numbers, self.folder / name))
 
     def csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write ``rows`` into the file ``name``, a column for each key."""
         self.paths.append(save_csv(rows, self.folder / name))
 
     def picture(self, name: str, draw: Callable[..., Any], *numbers: Any) -> None:
+        """Keep a picture for later: ``draw(*numbers)`` returns its figure."""
         self.pictures.append((name, draw, numbers))
 
     def draw(self) -> None:

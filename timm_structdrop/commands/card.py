@@ -38,12 +38,14 @@ MARK = "Description"  # of the PNG's text, where the picture says which clusters
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop card``."""
     add = parser.add_argument
     add("--output", default="hfcards", metavar="DIR", help="folder of the cards")
     add("--check", action="store_true", help="write nothing; fail if a card is stale")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Write the cards of the packaged models, or say which are stale."""
     folder = Path(args.output)
     if args.check:
         stale = [str(path) for path in stale_parts(folder)]

@@ -22,6 +22,7 @@ __all__ = ["add_flags", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop fit``."""
     add_subject_flags(parser, split="train", num_images=256)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="a new or empty folder for the model"
@@ -29,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Fit the clusters of a model on images and write it into a folder."""
     folder = new_folder(args.output)
     subject = load_subject(args)
     if not cluster_places(subject.model):

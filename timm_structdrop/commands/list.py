@@ -28,6 +28,7 @@ __all__ = ["add_flags", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop list``."""
     parser.add_argument(
         "filter",
         nargs="?",
@@ -41,6 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the registered variants, the packaged recipes or the layers of a model."""
     if args.layers:
         print(layers_table(args.layers))
     elif args.recipes:

@@ -45,6 +45,7 @@ HOPKINS_IMAGES = 64
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop package``."""
     add = parser.add_argument
     add("training", metavar="RUN", help="output folder of a training, or a checkpoint")
     add("--use-ema", action="store_true", help="its averaged weights")
@@ -55,6 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Put a trained model and the facts about it into the package."""
     check_license(args.license)
     checkpoint = read_checkpoint(args.training, args.use_ema)
     name, trained = checkpoint.arch or "", checkpoint.args

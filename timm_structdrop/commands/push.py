@@ -21,6 +21,7 @@ __all__ = ["add_flags", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop push``."""
     add = parser.add_argument
     add("folder", metavar="DIR", help="what to push")
     add("repo", metavar="REPO", help="where to: user/name; made if it is not there")
@@ -31,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Push a folder to the Hugging Face Hub."""
     check_push(args.repo, args.license)
     trained = read_folder(Path(args.folder))
     info = push_to_hub(

@@ -40,6 +40,7 @@ OURS = ("--recipe", "--config", "-c", "--resume", "--output", "--experiment", "-
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop sweep``."""
     add = parser.add_argument
     add("table", metavar="TABLE", help="a packaged table; python -m timm_structdrop list --recipes")
     add(
@@ -63,6 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Train the cells of a table with several seeds, and compare them."""
     if args.jobs > 1 and "--dataset-download" in args.train_flags:
         raise UserError(
             "--dataset-download needs --jobs 1, as runs would write the same files; "

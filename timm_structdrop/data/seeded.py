@@ -52,6 +52,7 @@ class SeededDataset(DatasetWrapper):
 
     @property
     def epoch(self) -> int:
+        """The epoch of the samples, counted from 0."""
         return int(self._epoch)
 
     def __getitem__(self, index: int) -> Any:

@@ -31,6 +31,7 @@ class Usage:
     embedding: int
 
     def classification(self) -> str:
+        """Code that gives the class of an image, in Markdown."""
         k = min(5, self.num_classes)
         return self._block(
             "",
@@ -43,6 +44,7 @@ for index, probability in zip(top.indices[0].tolist(), top.values[0].tolist()):
         )
 
     def feature_maps(self) -> str:
+        """Code that gives the maps of an image at several depths, in Markdown."""
         shapes = "".join(f"\n# {shape}" for shape in self.feature_shapes)
         return self._block(
             ", features_only=True",
@@ -52,6 +54,7 @@ for maps in model(transform(image).unsqueeze(0)):
         )
 
     def embeddings(self) -> str:
+        """Code that gives what the classifier would see of an image, in Markdown."""
         return self._block(
             ", num_classes=0",
             f"""\

@@ -10,6 +10,7 @@ __all__ = ["add_augmentation_flags"]
 
 
 def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of train.py about augmentation."""
     add = parser.add_argument_group("Augmentation").add_argument
     add("--no-aug", action="store_true", help="no augmentation, whatever the other flags say")
     add("--train-crop-mode", metavar="MODE", help="rrc, rkrc or rkrr of timm; rrc if not given")

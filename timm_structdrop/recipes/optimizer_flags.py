@@ -13,6 +13,7 @@ SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "co
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of train.py about the optimizer."""
     add = parser.add_argument_group("Optimizer").add_argument
     add("--opt", default="sgd", metavar="NAME", help="any optimizer of timm")
     add("--opt-eps", type=float, metavar="EPS", help="epsilon; the optimizer's if not given")
@@ -72,6 +73,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of train.py about the learning rate and its schedule."""
     add = parser.add_argument_group("Learning rate").add_argument
     add("--epochs", type=at_least(1), default=300, metavar="N", help="epochs to train")
     add("--sched", default="cosine", choices=(*SCHEDULERS, "none"), help="how it moves")
@@ -151,6 +153,7 @@ def add_scheduler_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of train.py about the loss."""
     add = parser.add_argument_group("Loss").add_argument
     add("--smoothing", type=fraction, default=0.1, metavar="X", help="label smoothing, in [0, 1]")
     add("--bce-loss", action=SWITCH, default=False, help="binary cross-entropy")

@@ -89,6 +89,7 @@ class Loop:
 
     @property
     def updates_per_epoch(self) -> int:
+        """Optimizer updates in an epoch, the last of which may have fewer batches."""
         return math.ceil(len(self.loader) / self.settings.grad_accum_steps)
 
     def updates_before(self, position: Position) -> int:
@@ -98,6 +99,7 @@ class Loop:
 
     @property
     def is_primary(self) -> bool:
+        """Whether this process writes files and progress."""
         return self.settings.rank == 0
 
     def anywhere(self, *facts: bool) -> tuple[bool, ...]:

@@ -60,6 +60,7 @@ class SeededErasing:
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the batches to come, counted from 0."""
         self.epoch = epoch
         self.batch = 0
 
