@@ -45,7 +45,7 @@ def draw_growth(rows: list[dict[str, Any]]) -> Any:
         f"(what does not move: {fixed})",
         fontsize=11,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     return figure
 
 
