@@ -44,14 +44,23 @@ def number_roots(parent: Tensor, longest: int) -> Tensor:
 
 
 def first_members(group: Tensor) -> Tensor:
-    """(n,) int64: for each position the first position with the same group number, in [0, n)."""
+    """(n,) int64: for each position the first position with the same group number.
+
+    Args:
+        group: (n,) int64 in [0, n).
+    """
     position = torch.arange(len(group), device=group.device)
     first = torch.full_like(group, len(group)).scatter_reduce_(0, group, position, "amin")
     return first.index_select(0, group)
 
 
 def select(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The elements of each (n,) tensor where the (n,) bool mask is True."""
+    """The elements of each tensor where the mask is True.
+
+    Args:
+        mask: (n,) bool.
+        tensors: (n,) each.
+    """
     index = mask.nonzero().squeeze(1)
     return [tensor.index_select(0, index) for tensor in tensors]
 

@@ -9,7 +9,12 @@ __all__ = ["clamp_block", "grow_blocks"]
 
 
 def clamp_block(block_size: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the blocks on an H x W map: a block is never larger than the map."""
+    """(rows, columns) of the blocks on a map: a block is never larger than the map.
+
+    Args:
+        block_size: side of the blocks, at least 1.
+        size: (H, W) of the map.
+    """
     return min(block_size, size[0]), min(block_size, size[1])
 
 

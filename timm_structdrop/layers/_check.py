@@ -71,6 +71,11 @@ def check_integer(
 def check_choice(name: str, value: str, valid: Sequence[str]) -> str:
     """``value`` if it is one of ``valid``.
 
+    Args:
+        name: what the argument is called.
+        value: the argument.
+        valid: what it may be.
+
     Raises:
         ValueError: it is not.
     """

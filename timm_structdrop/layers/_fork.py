@@ -61,7 +61,13 @@ class Fork(ForkAware):
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The two sub models' halves of a forked batch, (2B, ...) to twice (B, ...).
+    """The two sub models' halves of a forked batch.
+
+    Args:
+        x: (2B, ...), sub model 1's samples first.
+
+    Returns:
+        (B, ...) twice.
 
     Raises:
         ValueError: the batch is odd.

@@ -105,18 +105,32 @@ def dominant_channels(channels: int, n_channels: int | float | None = None) -> i
 
 
 def highest(values: Tensor, k: int) -> Tensor:
-    """Indices (B, k) of the k highest in each row of ``values`` (B, N); all of them are in order,
-    fewer in no order."""
+    """Indices of the highest values in each row; all of them are in order, fewer in no order.
+
+    Args:
+        values: (B, N).
+        k: how many, in [1, N].
+
+    Returns:
+        (B, k) int64.
+    """
     if k == values.shape[1]:
         return torch.arange(k, device=values.device).expand(len(values), k)
     return values.topk(k, dim=1, sorted=False).indices
 
 
 def inner_seeds(maps: Tensor, block: tuple[int, int]) -> Tensor:
-    """The part of maps (..., H, W) where a block fits around a seed: (H - rows + 1, ...).
+    """The part of maps where a block fits around a seed.
 
     A block reaches (rows - 1) // 2 above its seed and rows // 2 below: the seed is the block's
     middle, the first of two if it is even.
+
+    Args:
+        maps: (..., H, W).
+        block: (rows, columns) of the blocks, at most (H, W).
+
+    Returns:
+        (..., H - rows + 1, W - columns + 1), a view.
     """
     height, width = maps.shape[-2:]
     top, left = (block[0] - 1) // 2, (block[1] - 1) // 2

@@ -22,6 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from timm_structdrop.layers._blocks import clamp_block
 from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer
 
 __all__ = ["paper_rate", "seed_rate", "seed_rate_tensor"]
@@ -61,14 +62,22 @@ def seed_rate(p: float, size: tuple[int, int], block_size: int = 7, seeds: str =
 
 
 def paper_rate(p: float | Tensor, size: tuple[int, int], block_size: int = 7) -> float | Tensor:
-    """Eq. (1) of DropBlock on H x W maps, for a float or a 0-d tensor ``p``; at most ``p``.
+    """Eq. (1) of DropBlock: the seed rate of blocks that do not overlap.
 
-    It ignores that blocks overlap, so that fewer than ``p`` of the units are dropped.
+    They do overlap, so that fewer than ``p`` of the units are dropped.
+
+    Args:
+        p: fraction of units to drop, in [0, 1), a float or a 0-d tensor; not checked.
+        size: (H, W) of the map.
+        block_size: side of the blocks; clamped to H and to W.
+
+    Returns:
+        gamma, at most ``p``, of the type of ``p``.
     """
     height, width = size
-    block_h, block_w = min(block_size, height), min(block_size, width)
-    seeds = (height - block_h + 1) * (width - block_w + 1)
-    return p * (height * width / (block_h * block_w * seeds))
+    rows, columns = clamp_block(block_size, size)
+    seeds = (height - rows + 1) * (width - columns + 1)
+    return p * (height * width / (rows * columns * seeds))
 
 
 def seed_rate_tensor(

@@ -37,6 +37,11 @@ LayerT = TypeVar("LayerT", bound="type[StructDropLayer]")
 def register(name: str, *, summary: str, paper: str) -> Callable[[LayerT], LayerT]:
     """Class decorator that enters a layer into :data:`regularizers`.
 
+    Args:
+        name: the name users write; lower-case letters and digits.
+        summary: one line for tables.
+        paper: where it comes from.
+
     Raises:
         ValueError: the name is taken or is not a lower-case identifier.
     """

@@ -33,7 +33,11 @@ class MapMasks(NamedTuple):
 
 
 def may_look_at_data(x: Tensor) -> bool:
-    """Whether the work done may depend on what was drawn: eagerly, on a CPU, on real data."""
+    """Whether the work done may depend on what was drawn: eagerly, on a CPU, on real data.
+
+    Args:
+        x: activations of any shape.
+    """
     known = type(x) in (Tensor, torch.nn.Parameter)  # e.g. fake tensors have no data to look at
     return known and x.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -100,7 +100,14 @@ def s_drop_dml(
 
 
 def one_of_both(dropped: Dropped) -> Dropped:
-    """For each sample the units of one sub model, by a fair coin: 2B rows to B."""
+    """For each sample the units of one sub model, by a fair coin.
+
+    Args:
+        dropped: of 2B rows, sub model 1's B first.
+
+    Returns:
+        The dropped units of B rows, ``channels`` (B, C) and ``space`` (B, H, W).
+    """
     first_channels, second_channels = dropped.channels.chunk(2)
     first_space, second_space = dropped.space.chunk(2)
     coin = _uniform((len(first_channels), 1), dropped.channels.device) < 0.5
