@@ -81,7 +81,8 @@ def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, in
 
 
 def _call_fork(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule("fork")(args[0]), *args[1:])
+    fork: Any = module.fork
+    return (fork(args[0]), *args[1:])
 
 
 def _stage_entrance(model: nn.Module, slots: Sequence[Slot]) -> str | None:
