@@ -92,7 +92,7 @@ def read_corruption_rows(path: str | Path) -> list[dict[str, Any]]:
         else:
             rows = list(csv.DictReader(text.splitlines()))
         errors = _errors(rows)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
             f"the results of a baseline must be those of --corruptions; {path} has other "
             f"contents ({type(error).__name__}: {one_line(error)})"
