@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,7 +242,11 @@ class Died(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("last_call", range(12))
+# the Path of Python 3.10 keeps references of its own to os.replace and os.unlink
+STEPS = 11 if sys.version_info >= (3, 11) else 6
+
+
+@pytest.mark.parametrize("last_call", range(STEPS + 1))
 def test_a_death_at_any_step_of_saving_leaves_a_whole_run(tmp_path, monkeypatch, last_call):
     run = make_run()
     saver = RunSaver(run, tmp_path, max_history=2)
@@ -268,7 +273,7 @@ def test_a_death_at_any_step_of_saving_leaves_a_whole_run(tmp_path, monkeypatch,
             saver.save_checkpoint(2, 3.0)
         except Died:
             died = True
-    assert died == (last_call < 11), "the number of steps of saving has changed"
+    assert died == (last_call < STEPS), "the number of steps of saving has changed"
     fresh = make_run()
     source = find_resume(tmp_path)
     position, content = resume(fresh, source)

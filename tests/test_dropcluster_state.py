@@ -54,6 +54,11 @@ def test_export_has_the_same_logits():
     torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."),
+    reason="the ONNX exporter of torch 2.6 fails on batch norms with the onnxscript, onnx_ir and "
+    "protobuf of today",
+)
 def test_onnx_has_the_same_logits():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -99,7 +99,7 @@ def test_all_together_are_small():
 
 
 def test_they_are_in_the_wheel():
-    tomllib = pytest.importorskip("tomllib")
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["timm_structdrop"]
     for file in FOLDER.iterdir():
