@@ -8,8 +8,8 @@ __all__ = ["counted", "table"]
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 epoch``, ``2 epochs``; nouns in -s, -x and -ch get -es."""
-    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    """``1 epoch``, ``2 epochs``; nouns in -ss, -x and -tch get -es."""
+    ending = "" if number == 1 else "es" if noun.endswith(("ss", "x", "tch")) else "s"
     return f"{number:,} {noun}{ending}"
 
 

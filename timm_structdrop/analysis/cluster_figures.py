@@ -13,12 +13,13 @@ from torch import Tensor
 from timm_structdrop.analysis.cluster_maps import ClusterMaps, TrainingMask
 from timm_structdrop.analysis.colours import colour_labels
 from timm_structdrop.analysis.figure import new_figure
+from timm_structdrop.words import counted
 
 __all__ = ["draw_cluster_maps", "draw_training_mask", "picture"]
 
-MOST_CHANNELS = 128
+MOST_CHANNELS, MOST_LARGE = 128, 32  # that are drawn, and drawn large
 MARK, MASKED, DROPPED = "#d7191c", (0.88, 0.88, 0.88), (0.0, 0.0, 0.0)
-GAP, NUMBER_HEIGHT = 0.07, 0.26
+GAP, NUMBER_HEIGHT, BAND_GAP = 0.07, 0.22, 0.05
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Sheet:
 
     @classmethod
     def of(cls, channels: int, tile_rows: int, size: tuple[int, int], left: float) -> Sheet:
-        widest = 16 if tile_rows > 1 else 12
-        bands = math.ceil(channels / (widest if channels > 8 else 8))
+        bands = math.ceil(channels / (8 if channels <= MOST_LARGE else 16))
         return cls(channels, math.ceil(channels / bands), tile_rows, size[0] / size[1], left)
 
     @property
@@ -51,7 +51,7 @@ class Sheet:
 
     @property
     def band_height(self) -> float:
-        return NUMBER_HEIGHT + self.tile_rows * (self.aspect + GAP) + 0.12
+        return NUMBER_HEIGHT + self.tile_rows * (self.aspect + GAP) + BAND_GAP
 
     @property
     def width(self) -> float:
@@ -86,12 +86,13 @@ def draw_cluster_maps(maps: ClusterMaps, model_name: str) -> Any:
     height, width = maps.labels.shape[1:]
     sheet = Sheet.of(shown, samples + 1, (height, width), left=1.35)
     unstructured = int((~maps.structured).sum())
+    structured = counted(len(maps.labels) - unstructured, "structured channel")
     title = (
         f"Clusters that DropCluster found at {maps.name} of {model_name}\n"
-        f"{maps.n_clusters} clusters in each of {len(maps.labels) - unstructured} structured "
-        f"channels, {unstructured} unstructured; {_shown(shown, len(maps.labels))}"
+        f"{counted(maps.n_clusters, 'cluster')} in each of {structured}, "
+        f"{unstructured} unstructured{_left_out(shown, len(maps.labels))}"
     )
-    figure, axis, colour_axis = _open(sheet, title)
+    figure, axis, colour_axis = _open(sheet, title, footer=0.5)
     for band in range(sheet.bands):
         for row in range(samples):
             _draw_picture(axis, picture(maps.images[row]), sheet.box(band, row, -1.17))
@@ -139,9 +140,9 @@ def draw_training_mask(maps: ClusterMaps, mask: TrainingMask, model_name: str) -
     title = (
         f"Mask of one training step at {maps.name} of {model_name}\n"
         f"p = {maps.drop_prob:g}: {100 * (1 - kept):.1f} % of the units are zero, "
-        f"the others x {mask.scale:.3f}; {_shown(shown, len(maps.labels))}"
+        f"the others x {mask.scale:.3f}{_left_out(shown, len(maps.labels))}"
     )
-    figure, axis, colour_axis = _open(sheet, title)
+    figure, axis, colour_axis = _open(sheet, title, footer=0.34)
     colour_axis.set_axis_off()
     for channel in range(shown):
         band, column = divmod(channel, sheet.columns)
@@ -159,15 +160,16 @@ def draw_training_mask(maps: ClusterMaps, mask: TrainingMask, model_name: str) -
     return figure
 
 
-def _shown(shown: int, channels: int) -> str:
-    return "every channel" if shown == channels else f"channels 0 to {shown - 1} of {channels}"
+def _left_out(shown: int, channels: int) -> str:
+    return "" if shown == channels else f"; shown are channels 0 to {shown - 1}"
 
 
-def _open(sheet: Sheet, title: str) -> tuple[Any, Any, Any]:
-    """Figure, the axis of the tiles and a small one for a colour bar."""
+def _open(sheet: Sheet, title: str, footer: float) -> tuple[Any, Any, Any]:
+    """Figure, the axis of the tiles and a small one for a colour bar, in a footer of so many
+    inches."""
     tile = 1.15 if sheet.columns <= 8 else 0.78
     sheet_width, sheet_height = tile * sheet.width, tile * sheet.height
-    header, footer, margin = 0.52, 0.5, 0.2
+    header, margin = 0.56, 0.2
     width, height = max(sheet_width + 2 * margin, 7.6), sheet_height + header + footer
     figure = new_figure(width, height)
     left = (width - sheet_width) / 2

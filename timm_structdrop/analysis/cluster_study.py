@@ -35,10 +35,10 @@ __all__ = [
 
 CELLS = {
     "clusters": "the learned clusters",
-    "squares": "a tiling by squares of the clusters' mean size",
-    "voronoi": "random connected cells (Voronoi), as many as clusters",
-    "matched": "for each cluster, a square of as many pixels around the same centre",
-    "turned": "the clusters turned by 180 degrees: the same sizes and shapes elsewhere",
+    "squares": "a tiling by squares of their mean size",
+    "voronoi": "as many random Voronoi cells",
+    "matched": "a square of each cluster's size and centre",
+    "turned": "the clusters turned by 180 degrees",
 }
 MEANS = ("over_cells", "over_pairs")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.analysis.hopkins_report import N_BINS, HopkinsReport, LayerHopkins
+from timm_structdrop.words import counted
 
 __all__ = ["draw_hopkins_histograms", "draw_hopkins_map"]
 
@@ -49,7 +50,7 @@ def draw_hopkins_histograms(report: HopkinsReport, model_name: str) -> Any:
         0.5,
         1 - 0.12 / height,
         f"Spatial Hopkins of each layer's channels in {model_name}\n"
-        f"{advice} (median at least {report.threshold:g}; {report.n_images} images)",
+        f"{advice} (median at least {report.threshold:g}; {counted(report.n_images, 'image')})",
         fontsize=12,
         ha="center",
         va="top",
@@ -90,7 +91,8 @@ def _draw_histogram(axis: Any, layer: LayerHopkins, report: HopkinsReport) -> No
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     name = layer.name if len(layer.name) <= LONGEST_NAME else f"...{layer.name[3 - LONGEST_NAME :]}"
-    facts = f"{len(layer.per_channel)} channels, {layer.size[0]}x{layer.size[1]}"
+    channels = counted(len(layer.per_channel), "channel")
+    facts = f"{channels}, {layer.size[0]}x{layer.size[1]}"
     axis.set_title(
         f"{'recommended:' if recommended else ''}\n{name}\n{facts}, median {layer.median:.3f}",
         fontsize=8.5,
@@ -144,7 +146,8 @@ def draw_hopkins_map(layer: LayerHopkins, model_name: str, n_images: int) -> Any
     bar_axis.tick_params(labelsize=8)
     what = "small number: channel; 0.5 = no structure, 0 = constant"
     figure.suptitle(
-        f"Mean Spatial Hopkins of each channel of {layer.name}\n{model_name}, {n_images} images",
+        f"Mean Spatial Hopkins of each channel of {layer.name}\n"
+        f"{model_name}, {counted(n_images, 'image')}",
         fontsize=11,
         y=1 - 0.1 / height,
         va="top",

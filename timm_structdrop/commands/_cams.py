@@ -31,6 +31,7 @@ PRETRAINED = "pretrained"
 
 
 def add_cam_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inspect`` about class activation maps."""
     add = parser.add_argument_group("Class activation maps").add_argument
     add("--cams", action="store_true", help="maps of each image's class instead of the above")
     add(
@@ -114,7 +115,7 @@ def _table(found: dict[str, Cams], differences: dict[str, dict[str, Any]]) -> st
         compared = differences.get(name, {}).get("area")
         row.append(_pair(*_difference(compared)) if compared else "")
         rows.append(row)
-    header = ["model", "layer", "map", "right", "area", "entropy", "area against the first"]
+    header = ["model", "layer", "map", "right", "area", "entropy", "area minus first"]
     return (
         f"{table(header, rows)}\n"
         "area: fraction of a map above half its maximum; entropy: of its positive part, 1 if "

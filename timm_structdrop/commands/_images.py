@@ -19,7 +19,7 @@ from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_data import input_settings
 from timm_structdrop.recipes.device import chosen_device
-from timm_structdrop.recipes.parser import Keywords, at_least, fraction
+from timm_structdrop.recipes.parser import Keywords, at_least
 from timm_structdrop.training import derive_seed, seed_everything
 from timm_structdrop.words import counted
 
@@ -72,6 +72,7 @@ class Subject:
     class_names: list[str] | None
 
     def images_text(self) -> str:
+        """The images in words: how many, of which split, at which size."""
         channels, height, width = self.facts["input_size"]
         return (
             f"{counted(self.facts['num_images'], self.facts['split'] + ' image')} of "
@@ -121,7 +122,7 @@ def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: i
     )
     add(
         "--drop-block",
-        type=fraction,
+        type=float,
         metavar="P",
         help="drop rate of the structured layers, below 1; the model's default if not given",
     )

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError
 from timm_structdrop.models.weights import load_weights, read_checkpoint, read_file
-from timm_structdrop.recipes import train_parser
+from timm_structdrop.recipes import load_recipe, recipe_names, train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_data import input_settings
 from timm_structdrop.recipes.command_line import training_command
 
-__all__ = ["Trained", "read_run"]
+__all__ = ["Trained", "read_run", "training_facts"]
+
+DATASET_NAMES = {"digits": "scikit-learn's handwritten digits"}
 
 SAMPLES = 2  # images in the picture of the clusters
 # Weights come from the checkpoint, not from where the training once started.
@@ -74,21 +76,37 @@ def read_run(folder: Path) -> Trained:
     model = build_model(flags)
     load_weights(model, checkpoint, flags.model)
     data = input_settings(flags, model)
-    told = {key: value for key, value in saved.items() if key not in NOT_TOLD}
-    if saved["data_dir"] or saved["data"]:
-        told["data_dir"] = "DIR"
     facts = {
-        "command": training_command(told),
-        "recipe": saved["recipe"],
-        "seed": saved["seed"],
-        "epochs": saved["epochs"],
-        "dataset": saved["dataset"] or None,
+        **training_facts(saved),
         "base_model": _base_model(saved, model),
         **_accuracy(folder, read_file(checkpoint.path).get("epoch")),
     }
     images, of_data = _look_at_data(flags, data, model)
     facts = {key: value for key, value in {**facts, **of_data}.items() if value is not None}
     return Trained(model, facts, data, images)
+
+
+def training_facts(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags of a training say of it, for :func:`timm_structdrop.hub.make_card`.
+
+    The command is without what has to do with the machine it ran on.
+
+    Args:
+        flags: as a run's `args.yaml` holds them.
+    """
+    told = {key: value for key, value in flags.items() if key not in NOT_TOLD}
+    if flags.get("data_dir") or flags.get("data"):
+        told["data_dir"] = "DIR"
+    recipe, dataset = flags.get("recipe"), flags.get("dataset") or None
+    return {
+        "command": training_command(told),
+        "recipe": recipe,
+        "recipe_note": load_recipe(recipe).get("note") if recipe in recipe_names() else None,
+        "seed": flags.get("seed"),
+        "epochs": flags.get("epochs"),
+        "dataset": dataset,
+        "dataset_name": DATASET_NAMES.get(dataset or "", dataset),
+    }
 
 
 def _base_model(saved: Mapping[str, Any], model: Any) -> str | None:

@@ -41,7 +41,7 @@ from timm_structdrop.commands._images import Subject, add_subject_flags, load_su
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers.dropcluster import resample_labels
 from timm_structdrop.recipes.parser import at_least, fraction
-from timm_structdrop.words import table
+from timm_structdrop.words import counted, table
 
 __all__ = ["add_flags", "run"]
 
@@ -51,6 +51,7 @@ SAMPLES, CAM_SAMPLES = 2, 8  # images in a picture of clusters, and of class act
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m timm_structdrop inspect``."""
     add_subject_flags(parser, split="validation", num_images=64)
     add = parser.add_argument_group("Inspection").add_argument
     add("--output", default="output/inspect", metavar="DIR", help="folder of what is written")
@@ -86,6 +87,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Write numbers and pictures of a model's clusters, or its class activation maps."""
     if not args.cams and (args.compare or args.cam_layer):
         raise UserError("--compare and --cam-layer are of class activation maps; got no --cams")
     args.num_samples = args.num_samples or (CAM_SAMPLES if args.cams else SAMPLES)
@@ -175,8 +177,9 @@ def inspect_clusters(
         here = maps.name in fitted_here
         when = "fitted here, on these images" if here else f"fitted at {maps.fitted_at}"
         print(
-            f"\nDropCluster at {maps.name}: {maps.n_clusters} clusters, "
-            f"{int((~maps.structured).sum())} of {len(maps.labels)} channels unstructured, {when}\n"
+            f"\nDropCluster at {maps.name}: {counted(maps.n_clusters, 'cluster')}, "
+            f"{int((~maps.structured).sum())} of {counted(len(maps.labels), 'channel')} "
+            f"unstructured, {when}\n"
             f"Mask of one training step: p = {maps.drop_prob:g}, "
             f"{100 * float((~mask.kept).double().mean()):.1f} % of the units are zero"
         )
@@ -215,14 +218,15 @@ def study_table(study: ClusterStudy) -> str:
     for key, figures in numbers["cells"].items():
         row = [figures["what"]]
         for mean in ("over_cells", "over_pairs"):
-            row.append(f"{figures[mean]['mean']:.3f} +- {figures[mean]['std']:.3f}")
             higher = figures[mean]["clusters_are_higher_in_channels"]
-            row.append("" if key == "clusters" else f"in {higher} of {channels}")
+            behind = "" if key == "clusters" else f" ({higher})"
+            row.append(f"{figures[mean]['mean']:.3f} +- {figures[mean]['std']:.3f}{behind}")
         rows.append(row)
-    header = ["cells", "mean over cells", "clusters higher", "over pairs", "clusters higher"]
+    header = ["cells", "mean over cells", "mean over pixel pairs"]
     return (
-        f"Correlation of the pixels in a cell over {numbers['n_images']} images, "
-        f"mean +- std of {channels} channels:\n{table(header, rows)}"
+        f"Correlation of the pixels in a cell over {counted(numbers['n_images'], 'image')}, "
+        f"mean +- std of {counted(channels, 'channel')}\n"
+        f"(behind it, in how many of them that of the clusters is higher):\n{table(header, rows)}"
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from timm_structdrop.analysis import cluster_places, hopkins_report, output_folder, save_json
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
+from timm_structdrop.commands._runs import training_facts
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.evaluation import evaluate
@@ -33,13 +34,12 @@ from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.weights import read_checkpoint
-from timm_structdrop.recipes import FlagParser, load_recipe, recipe_names
-from timm_structdrop.recipes.command_line import training_command
+from timm_structdrop.recipes import FlagParser
 from timm_structdrop.version import __version__
+from timm_structdrop.words import counted
 
 __all__ = ["add_flags", "run"]
 
-DATASET_NAMES = {"digits": "scikit-learn's handwritten digits"}
 LIBRARIES = ("torch", "timm", "numpy", "scikit-learn")
 HOPKINS_IMAGES = 64
 
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
         "tag": args.tag,
         "name": f"{name}.{args.tag}",
         "license": args.license,
-        **training_facts(trained, args.hardware),
+        **training_facts(trained),
+        **circumstances(trained, args.hardware),
     }
     with tempfile.TemporaryDirectory(prefix="package-", dir=folder) as temporary:
         weights = Path(temporary) / f"{name}.safetensors"
@@ -124,18 +125,11 @@ def model_facts(subject: Subject, trained: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def training_facts(trained: Mapping[str, Any], hardware: str | None) -> dict[str, Any]:
-    """How the checkpoint came about, from the flags of its training."""
-    dataset = trained.get("dataset") or "folder"
-    recipe = trained.get("recipe")
-    told = load_recipe(recipe).get("note") if recipe in recipe_names() else None
+def circumstances(trained: Mapping[str, Any], hardware: str | None) -> dict[str, Any]:
+    """Where the checkpoint was trained, at what rate, and how it was chosen."""
+    epochs = int(trained.get("epochs") or 0)
     metric = {"top1": "top-1", "top5": "top-5"}.get(trained.get("eval_metric", "top1"), "loss")
     return {
-        "command": training_command(trained),
-        "recipe": recipe,
-        "recipe_note": told,
-        "seed": trained.get("seed"),
-        "epochs": trained.get("epochs"),
         "drop_prob": trained.get("drop_block"),
         "hardware": hardware or f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "versions": {
@@ -143,10 +137,8 @@ def training_facts(trained: Mapping[str, Any], hardware: str | None) -> dict[str
             **{library: version(library) for library in LIBRARIES},
             "timm_structdrop": __version__,
         },
-        "dataset": dataset,
-        "dataset_name": DATASET_NAMES.get(dataset, dataset),
         "split": trained.get("val_split") or "validation",
-        "selection": f"the best of {trained.get('epochs')} epochs by {metric} on these images",
+        "selection": f"the best of {counted(epochs, 'epoch')} by {metric} on these images",
     }
 
 

@@ -130,7 +130,7 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--drop-path", type=fraction, metavar="P", help="stochastic depth, by timm's linear rule")
     add(
         "--drop-block",
-        type=fraction,
+        type=float,
         metavar="P",
         help="drop rate of the structured layers, below 1; the model's default if not given",
     )
