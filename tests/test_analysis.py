@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_structdrop import attach
 from timm_structdrop.analysis import (
+    ClusterMaps,
     HopkinsReport,
     LayerHopkins,
     cluster_layers,
@@ -465,6 +466,18 @@ def test_texts_of_the_pictures_do_not_overlap(channels, size):
     assert overlaps(draw_training_mask(maps, mask, "a_rather_long_model_name_dropcluster")) == []
     values = LayerHopkins("layer1.0.act1", "conv", size, torch.rand(channels))
     assert overlaps(draw_hopkins_map(values, "a_rather_long_model_name_dropcluster", 64)) == []
+
+
+@pytest.mark.parametrize(("channels", "inches"), [(16, 1.0), (32, 1.0), (64, 0.7)])
+def test_clusters_of_few_channels_are_drawn_large(channels, inches):
+    labels = torch.arange(36).reshape(1, 6, 6).expand(channels, 6, 6)
+    structured = torch.ones(channels, dtype=torch.bool)
+    images, features = torch.rand(2, 1, 6, 6), torch.rand(2, channels, 6, 6)
+    maps = ClusterMaps("act1", labels, structured, 36, 0.1, 0, images, features)
+    figure = draw_cluster_maps(maps, "m")
+    tiles = figure.axes[0]
+    width = tiles.get_position().width * figure.get_figwidth()
+    assert width / (tiles.get_xlim()[1] - tiles.get_xlim()[0]) >= inches
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 13, 30])

@@ -73,7 +73,8 @@ def draw_corruption_curves(
             axis.tick_params(labelbottom=True)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    axes[0].set_ylim(bottom=0)
+    every = [value for by in curves.values() for panel in by.values() for value in panel.values()]
+    axes[0].set_ylim(0, 1.05 * max(1.0, *every))
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="upper center",
