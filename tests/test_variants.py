@@ -193,7 +193,7 @@ def test_the_amoebanet_setting_on_nasnet():
     [
         ("dropblock", {"drop_prob": 0.1, "block_size": 7, "gamma": "exact"}),
         ("dropcluster", {"drop_prob": 0.1, "n_clusters": 15, "rounding": "stochastic"}),
-        ("camdrop", {"drop_prob": 0.1, "block_size": 7, "guide": "cam", "channels": "dominant"}),
+        ("camdrop", {"drop_prob": 0.1, "block_size": 8, "guide": "cam", "channels": "dominant"}),
         ("rblock", {"drop_prob": 0.2, "block_size": 3, "sub_models": "sdropdml"}),
     ],
 )
