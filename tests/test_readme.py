@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 
+from timm_structdrop.__main__ import COMMANDS, command_parser
 from timm_structdrop.layers import regularizers
 from timm_structdrop.recipes import parse_with_sources, recipe_names, train_parser
+from timm_structdrop.recipes.validate_flags import validate_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,19 +35,40 @@ def test_the_python_examples_run():
         exec(code, names)
 
 
-def train_commands():
+def commands(*start):
+    """The words behind ``start`` of the commands that begin with it."""
     for line in SHELL:
         for part in line.split("&&"):
             words = shlex.split(part)
-            if words[:2] == ["python", "train.py"]:
-                yield words[2:]
+            if words[: len(start)] == list(start):
+                yield words[len(start) :]
 
 
-@pytest.mark.parametrize("flags", list(train_commands()), ids=" ".join)
+@pytest.mark.parametrize("flags", list(commands("python", "train.py")), ids=" ".join)
 def test_the_training_commands_are_understood(flags):
     parsed = parse_with_sources(train_parser(), flags)
     if "--recipe" in flags:
         assert parsed.recipe in recipe_names()
+
+
+@pytest.mark.parametrize("flags", list(commands("python", "validate.py")), ids=" ".join)
+def test_the_validation_commands_are_understood(flags):
+    validate_parser().parse_flags(flags)
+
+
+@pytest.mark.parametrize("words", list(commands("python", "-m", "timm_structdrop")), ids=" ".join)
+def test_the_other_commands_are_understood(words):
+    command_parser(words[0]).parse_flags(words[1:])
+
+
+def test_every_flag_in_the_text_is_one_with_a_help():
+    parsers = [train_parser(), validate_parser(), *map(command_parser, COMMANDS)]
+    known = {
+        flag: action for parser in parsers for flag, action in parser._option_string_actions.items()
+    }
+    known["--device-modules"] = known["--model"]  # of timm's train.py
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
+        assert flag in known and known[flag].help, flag
 
 
 def test_it_gives_one_command_for_the_main_job_and_one_for_the_tests():

@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         got = f"{name!r}{nearest(name, COMMANDS, n=1)}" if name else "none"
         raise UserError(f"COMMAND must be one of {', '.join(COMMANDS)}; got {got}")
     module = import_module(f"timm_structdrop.commands.{name}")
-    parser = FlagParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
-    module.add_flags(parser)
+    parser = command_parser(name)
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_flags(words[:end])
     if end < len(words):
@@ -41,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{name} takes no flags behind --; got {words[end + 1 :]}")
         args.train_flags = words[end + 1 :]
     module.run(args)
+
+
+def command_parser(name: str) -> FlagParser:
+    """The parser of a command, without what stands behind ``--``."""
+    module = import_module(f"timm_structdrop.commands.{name}")
+    parser = FlagParser(prog=f"{PROGRAM} {name}", description=module.__doc__)
+    module.add_flags(parser)
+    return parser
 
 
 def overview() -> str:

@@ -175,7 +175,7 @@ def inspect_clusters(
         suffix = _suffix(maps.name, every)
         mask = training_mask(subject.model, maps.name, args.seed)
         here = maps.name in fitted_here
-        when = "fitted here, on these images" if here else f"fitted at {maps.fitted_at}"
+        when = "fitted here, on these images" if here else f"fitted at {maps.fitted_at} (epoch or update)"
         print(
             f"\nDropCluster at {maps.name}: {counted(maps.n_clusters, 'cluster')}, "
             f"{int((~maps.structured).sum())} of {counted(len(maps.labels), 'channel')} "
