@@ -80,6 +80,7 @@ PLACEMENTS: dict[str, Placement] = {
     ),
     "stochasticdepth": Placement(("last_conv",), 0, "every residual branch, one rate for all"),
 }
+OTHERS = Placement(("conv",), 1, "convolutions of the last group")
 
 
 def place(
@@ -123,6 +124,7 @@ def place(
     size = image_size(model, img_size)
     if issubclass(layer, RBlock2d):
         refuse_second_fork(model)
+    default = PLACEMENTS.get(name, OTHERS)
     if name == "rblock" and is_on_head(settings):
         if not stages is where is modules is None:
             raise UserError(
@@ -131,22 +133,14 @@ def place(
             )
         slots = [head_slot(model)]
     elif modules is None:
-        default = PLACEMENTS.get(name, Placement(("conv",), 1, ""))
         kinds = default.where if where is None else where
         slots = slots_of_kinds(model, name, kinds, stages, default.last_stages, size)
     else:
         slots = slots_after(model, modules)
-    early = dict(PLACEMENTS[name].early) if name in PLACEMENTS and modules is None else {}
-    deepest = max(stage_modules(model)) if early else 0
-    rate = {} if drop_prob is None else {"drop_prob": drop_prob}
-    built = []
-    for slot in slots:
-        own = early if slot.stage < deepest and slot.kind != "stage" else {}
-        shape = _map_shape(layer, model, slot, size)
-        try:
-            built.append((slot, layer.build(*shape, **{**own, **settings, **rate})))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name}: {error}") from error
+    early = dict(default.early) if modules is None else {}
+    if drop_prob is not None:
+        settings["drop_prob"] = drop_prob
+    built = _build(layer, model, slots, early, settings, size)
     register_notrace_module(layer)  # FX cannot follow the branches that it takes
     for slot, module in built:
         module.train(model.training)
@@ -155,6 +149,27 @@ def place(
         insert_fork(model, slots, size)
     keep_on_reset(model, built)
     return model
+
+
+def _build(
+    layer: type[StructDropLayer],
+    model: nn.Module,
+    slots: Sequence[Slot],
+    early: dict[str, Any],
+    settings: dict[str, Any],
+    img_size: tuple[int, int],
+) -> list[tuple[Slot, StructDropLayer]]:
+    """A layer for each slot; in all but the deepest stage with the settings ``early`` as well."""
+    deepest = max(stage_modules(model)) if early else 0
+    built = []
+    for slot in slots:
+        own = early if slot.stage < deepest and slot.kind != "stage" else {}
+        shape = _map_shape(layer, model, slot, img_size)
+        try:
+            built.append((slot, layer.build(*shape, **{**own, **settings})))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{layer.regularizer}: {error}") from error
+    return built
 
 
 def set_drop_prob(model: nn.Module, drop_prob: float, include_timm: bool = False) -> None:

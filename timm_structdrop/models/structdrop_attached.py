@@ -36,6 +36,9 @@ def attach(model: nn.Module, name: str, **arguments: Any) -> nn.Module:
     model's arguments, so that an export comes back with it, and in ``model.structdrop``, a list for
     :func:`restore`.
 
+    Layers may hang on modules by hooks. ``torch.compile`` the whole model then: modules of one
+    class that are compiled one by one share code in torch, whatever their hooks.
+
     Args:
         model: a timm CNN, or any CNN if ``modules`` are named.
         name: a key of :data:`timm_structdrop.regularizers`.
