@@ -8,18 +8,18 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from timm_structdrop.data import class_names, create_dataset
+from timm_structdrop.data import class_names
 from timm_structdrop.errors import UserError
 from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkpoint
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
-from timm_structdrop.recipes.build_data import input_settings
+from timm_structdrop.recipes.build_data import input_settings, normalised_images
 from timm_structdrop.recipes.device import chosen_device
 from timm_structdrop.recipes.parser import Keywords, at_least
+from timm_structdrop.recipes.validate_flags import ARCHITECTURE_KEYS, INPUT_KEYS
 from timm_structdrop.training import derive_seed, seed_everything
 from timm_structdrop.words import counted
 
@@ -27,24 +27,8 @@ __all__ = ["Subject", "add_subject_flags", "load_subject"]
 
 # Flags of train.py that a checkpoint's training decides, unless they are given.
 FROM_CHECKPOINT = (
-    "dataset",
-    "data",
-    "data_dir",
-    "class_map",
-    "input_key",
-    "target_key",
-    "img_size",
-    "input_size",
-    "in_chans",
-    "num_classes",
-    "model_kwargs",
-    "structdrop",
-    "drop_block",
-    "gp",
-    "mean",
-    "std",
-    "crop_pct",
-    "interpolation",
+    *(*INPUT_KEYS, *ARCHITECTURE_KEYS),
+    *("data", "data_dir", "input_key", "target_key", "drop_block"),
 )
 DATA_CONFIG = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -220,16 +204,7 @@ def _draw_images(
     data set."""
     if flags.dataset is None:
         raise UserError("--dataset must say what to read, e.g. digits; got none")
-    dataset = create_dataset(
-        flags.dataset,
-        flags.data_dir or flags.data,
-        flags.split,
-        input_img_mode="RGB" if data["input_size"][0] == 3 else "L",
-        class_map=flags.class_map,
-        input_key=flags.input_key,
-        target_key=flags.target_key,
-    )
-    dataset.transform = create_transform(**data)
+    dataset = normalised_images(flags, data, flags.split)
     if isinstance(dataset, IterableDataset):
         drawn = list(islice(dataset, flags.num_images))
     else:

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform
 from torch import Tensor, nn
 
-from timm_structdrop.data import class_names, create_dataset
+from timm_structdrop.data import class_names
 from timm_structdrop.errors import UserError
 from timm_structdrop.models.weights import load_weights, read_checkpoint, read_file
 from timm_structdrop.recipes import load_recipe, recipe_names, train_parser
 from timm_structdrop.recipes.build import build_model
-from timm_structdrop.recipes.build_data import input_settings
+from timm_structdrop.recipes.build_data import input_settings, normalised_images
 from timm_structdrop.recipes.command_line import training_command
 
 __all__ = ["Trained", "read_run", "training_facts"]
@@ -135,16 +134,7 @@ def _look_at_data(
     if not flags.val_split:
         return None, {}
     try:
-        dataset = create_dataset(
-            flags.dataset,
-            flags.data_dir or flags.data,
-            flags.val_split,
-            input_img_mode=flags.input_img_mode or ("RGB" if data["input_size"][0] == 3 else "L"),
-            class_map=flags.class_map,
-            input_key=flags.input_key,
-            target_key=flags.target_key,
-        )
-        dataset.transform = create_transform(**data)
+        dataset = normalised_images(flags, data, flags.val_split)
         size = len(dataset)
         images = [dataset[index * size // SAMPLES][0] for index in range(min(size, SAMPLES))]
     except (UserError, OSError, TypeError):  # the data are elsewhere, or a stream

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_loader, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, create_loader, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_interpolation",
     "evaluation",
     "input_settings",
+    "normalised_images",
     "training_batches",
     "validation_batches",
 ]
@@ -181,6 +182,34 @@ def validation_batches(
     )
 
 
+def normalised_images(flags: argparse.Namespace, data: Mapping[str, Any], split: str) -> Any:
+    """The data set of a split whose images are as the model gets them at evaluation, (C, H, W).
+
+    Args:
+        flags: the data set's, as of train.py.
+        data: timm's data config.
+        split: which images.
+
+    Raises:
+        UserError: the data are not there.
+    """
+    dataset = create_dataset(
+        flags.dataset,
+        flags.data_dir or flags.data,
+        split,
+        input_img_mode=_image_mode(flags, data),
+        class_map=flags.class_map,
+        input_key=flags.input_key,
+        target_key=flags.target_key,
+    )
+    dataset.transform = create_transform(**data)
+    return dataset
+
+
+def _image_mode(flags: argparse.Namespace, data: Mapping[str, Any]) -> str:
+    return flags.input_img_mode or ("RGB" if data["input_size"][0] == 3 else "L")
+
+
 def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bool) -> Any:
     training_only: dict[str, Any] = {}
     if is_training and flags.train_fraction is not None:
@@ -198,7 +227,7 @@ def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bo
         flags.data_dir or flags.data,
         flags.train_split if is_training else flags.val_split,
         is_training=is_training,
-        input_img_mode=flags.input_img_mode or ("RGB" if data["input_size"][0] == 3 else "L"),
+        input_img_mode=_image_mode(flags, data),
         class_map=flags.class_map,
         download=flags.dataset_download,
         seed=flags.seed,

@@ -24,6 +24,7 @@ from timm_structdrop.recipes.sources import parse_with_sources
 
 __all__ = ["parse_validate_flags", "validate_parser"]
 
+# What the settings of a checkpoint's training decide, unless they are given.
 INPUT_KEYS = (
     "img_size",
     "in_chans",
