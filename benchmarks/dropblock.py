@@ -103,20 +103,19 @@ def fractions_row(size: int, block_size: int, n_maps: int) -> dict[str, Any]:
 def headline(rows: list[dict[str, Any]]) -> str:
     per_channel = [row for row in rows if row.get("masks") == "per channel"]
     coupled = [row for row in rows if row.get("masks") == "coupled"]
-    floor, shared = (
-        " and ".join(f"{row['over_floor']['ratio']['median']:.2f}" for row in chosen)
-        for chosen in (per_channel, coupled)
-    )
-    others = "; ".join(
-        f"{name} "
-        + " and ".join(f"{row['over_ours'][name]['ratio']['median']:.1f}" for row in per_channel)
-        for name in OTHERS
-    )
     shapes = " and ".join(f"{row['shape'][2]}x{row['shape'][3]}" for row in per_channel)
     return (
-        f"DropBlock's forward and backward on {shapes} maps, over `x * mask`: {floor} with a mask "
-        f"per channel, {shared} with one per image. The others over ours: {others} times."
+        f"DropBlock's forward and backward on {shapes} maps: {medians(per_channel)} of `x * mask` "
+        f"with a mask per channel, {medians(coupled)} with one per image. Over ours: torchvision "
+        f"{medians(per_channel, 'torchvision')} and timm {medians(per_channel, 'timm')} with a mask "
+        f"per channel, timm {medians(coupled, 'timm')} with one per image."
     )
+
+
+def medians(rows: list[dict[str, Any]], other: str | None = None) -> str:
+    """The ratios of another to ours, of ours to the floor without one, by shape."""
+    found = [row["over_ours"][other] if other else row["over_floor"] for row in rows]
+    return " and ".join(f"{one['ratio']['median']:.{1 if other else 2}f}" for one in found)
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
