@@ -106,9 +106,10 @@ def headline(rows: list[dict[str, Any]]) -> str:
     shapes = " and ".join(f"{row['shape'][2]}x{row['shape'][3]}" for row in per_channel)
     return (
         f"DropBlock's forward and backward on {shapes} maps: {medians(per_channel)} of `x * mask` "
-        f"with a mask per channel, {medians(coupled)} with one per image. Over ours: torchvision "
-        f"{medians(per_channel, 'torchvision')} and timm {medians(per_channel, 'timm')} with a mask "
-        f"per channel, timm {medians(coupled, 'timm')} with one per image."
+        f"with a mask per channel, {medians(coupled)} with one per image. Over ours: "
+        f"torchvision {medians(per_channel, 'torchvision')} and timm "
+        f"{medians(per_channel, 'timm')} with a mask per channel, timm {medians(coupled, 'timm')} "
+        "with one per image."
     )
 
 
