@@ -233,6 +233,19 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert names(tmp_path) == set()
 
 
+def test_list_names_a_variant_its_place_and_its_pretrained_tags(capsys):
+    main(["list", "resnet18_drop*"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["variant", "where", "params", "rate", "pretrained"]
+    assert max(map(len, lines)) <= 130
+    (row,) = [line for line in lines if line.startswith("resnet18_dropcluster ")]
+    assert "stem convolution" in row and row.endswith("a1_in1k and 6 more")
+    main(["list", "resnet18_dropcluster"])
+    assert "a1_in1k a2_in1k a3_in1k" in capsys.readouterr().out
+    main(["list", "--layers", "lenet5_dropcluster"])
+    assert "act1.dropcluster  dropcluster  0.1 " in capsys.readouterr().out
+
+
 BAD = {
     "unknown model": (["lenet5_dropclster"], "unknown model 'lenet5_dropclster' (nearest: lenet5"),
     "no checkpoint": (

@@ -175,11 +175,11 @@ def inspect_clusters(
         suffix = _suffix(maps.name, every)
         mask = training_mask(subject.model, maps.name, args.seed)
         here = maps.name in fitted_here
-        when = "fitted here, on these images" if here else f"fitted at {maps.fitted_at} (epoch or update)"
+        when = "here, on these images" if here else f"at {maps.fitted_at} (epoch or update)"
         print(
             f"\nDropCluster at {maps.name}: {counted(maps.n_clusters, 'cluster')}, "
             f"{int((~maps.structured).sum())} of {counted(len(maps.labels), 'channel')} "
-            f"unstructured, {when}\n"
+            f"unstructured, fitted {when}\n"
             f"Mask of one training step: p = {maps.drop_prob:g}, "
             f"{100 * float((~mask.kept).double().mean()):.1f} % of the units are zero"
         )

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def variants_table(pattern: str) -> str:
-    """One line per variant whose name matches the wildcard.
+    """One line per variant whose name matches the wildcard; of a single one, all pretrained tags.
 
     Raises:
         UserError: no name matches.
@@ -69,16 +69,17 @@ def variants_table(pattern: str) -> str:
         rows.append(
             [
                 variant.name,
-                variant.architecture.name,
-                variant.regularizer,
                 PLACEMENTS[variant.regularizer].summary,
                 f"{_parameters(variant.architecture.name) / 1e6:.2f}M",
                 f"{layer.default_drop_prob():g}",
-                " ".join(tags) or "-",
+                " ".join(tags if len(chosen) == 1 else _first(tags)) or "-",
             ]
         )
-    header = ["variant", "architecture", "regularizer", "where", "params", "rate", "pretrained"]
-    return table(header, rows)
+    return table(["variant", "where", "params", "rate", "pretrained"], rows)
+
+
+def _first(tags: list[str]) -> list[str]:
+    return tags if len(tags) <= 2 else [tags[0], f"and {len(tags) - 1} more"]
 
 
 def recipes_table(pattern: str) -> str:
