@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
     loop = make_loop()
     with torch.no_grad():
         loop.run.task.trainable_module[0].bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="got nan in epoch 0, step 0"):
+    with pytest.raises(UserError, match="got nan in epoch 1, batch 1"):
         fit(loop)
 
 

@@ -87,7 +87,7 @@ def test_a_run_leaves_what_timms_users_know(run, capsys, caplog):
     best_top1 = max(float(row["eval_top1"]) for row in (first, second))
     assert results[-1]["validation"]["top1"] == best_top1
     assert "Train 2/2  [3/3]" in printed.err and "images/s" in printed.err
-    assert "Clusters of act1.dropcluster fitted in epoch 1: 15 in each of 6" in caplog.text
+    assert "Clusters of act1.dropcluster fitted in epoch 2/2: 15 in each of 6" in caplog.text
     next_command = caplog.text.split("Next: ")[1]
     assert f"--checkpoint {folder / 'model_best.pth.tar'}" in next_command
     saved = torch.load(folder / "last.pth.tar", weights_only=True)
@@ -239,7 +239,7 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path, flags, line):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(run):
-    with pytest.raises(UserError, match=r"loss must be finite; got (nan|inf) in epoch 0, step \d"):
+    with pytest.raises(UserError, match=r"loss must be finite; got (nan|inf) in epoch 1, batch \d"):
         run("--model", "lenet5", "--epochs", "1", "--opt", "sgd", "--lr", "1e30",
             "--sched", "none")  # fmt: skip
 

@@ -89,7 +89,7 @@ def _batches(loop: Loop) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
 def _refuse_loss(loss: float, epoch: int, batch: int) -> NoReturn:
     got = "another one in another process" if math.isfinite(loss) else loss
     raise UserError(
-        f"the loss must be finite; got {got} in epoch {epoch}, step {batch} "
+        f"the loss must be finite; got {got} in epoch {epoch + 1}, batch {batch + 1} "
         "(a lower learning rate, --clip-grad or no --amp may help)"
     )
 

@@ -14,6 +14,7 @@ from timm_structdrop.training.epoch import learning_rate, train_one_epoch
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.parts import Loop
 from timm_structdrop.training.schedule import live_drop_prob
+from timm_structdrop.words import counted
 
 __all__ = ["fit"]
 
@@ -80,8 +81,9 @@ def _log_refits(loop: Loop, epoch: int) -> None:
         index = fit["adjusted_rand_index"]
         changed = "the first fit" if index is None else f"{index:.3f} adjusted Rand index to before"
         _logger.info(
-            f"Clusters of {name} fitted in epoch {epoch}: {fit['n_clusters']} in each of "
-            f"{fit['channels']} channels, {fit['unstructured']} channels unstructured, {changed}, "
+            f"Clusters of {name} fitted in epoch {epoch + 1}/{loop.settings.epochs}: "
+            f"{fit['n_clusters']} in each of {counted(fit['channels'], 'channel')}, "
+            f"{fit['unstructured']} unstructured, {changed}, "
             f"{fit['seconds']:.2f} s"
         )
 
