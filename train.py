@@ -43,7 +43,8 @@ from timm_structdrop.recipes.build import (
     build_scheduler,
     build_task,
 )
-from timm_structdrop.recipes.build_data import evaluation, input_settings, training_batches
+from timm_structdrop.recipes.build_data import evaluation, training_batches
+from timm_structdrop.recipes.build_datasets import input_settings
 from timm_structdrop.recipes.console import log_to_terminal
 from timm_structdrop.recipes.device import chosen_device, make_fast
 from timm_structdrop.recipes.tag_settings import with_tag_settings

@@ -28,7 +28,7 @@ from timm_structdrop.errors import UserError, is_users, one_line, run_command
 from timm_structdrop.evaluation import with_dropblock, write_results
 from timm_structdrop.models.weights import Checkpoint, load_weights
 from timm_structdrop.recipes.build import build_model, check_has_weights
-from timm_structdrop.recipes.build_data import check_interpolation
+from timm_structdrop.recipes.build_datasets import check_interpolation
 from timm_structdrop.recipes.build_evaluation import (
     Subject,
     check_classes,

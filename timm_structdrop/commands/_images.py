@@ -16,7 +16,7 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.models.weights import Checkpoint, load_weights, read_checkpoint
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
-from timm_structdrop.recipes.build_data import input_settings, normalised_images
+from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
 from timm_structdrop.recipes.device import chosen_device
 from timm_structdrop.recipes.parser import Keywords, at_least
 from timm_structdrop.recipes.validate_flags import ARCHITECTURE_KEYS, INPUT_KEYS

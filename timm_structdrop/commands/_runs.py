@@ -17,7 +17,7 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.models.weights import load_weights, read_checkpoint, read_file
 from timm_structdrop.recipes import load_recipe, recipe_names, train_parser
 from timm_structdrop.recipes.build import build_model
-from timm_structdrop.recipes.build_data import input_settings, normalised_images
+from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
 from timm_structdrop.recipes.command_line import training_command
 
 __all__ = ["Trained", "read_run", "training_facts"]

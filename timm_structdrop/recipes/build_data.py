@@ -1,4 +1,4 @@
-"""Data sets and loaders from flags."""
+"""Loaders, and the evaluation between epochs, from flags."""
 
 from __future__ import annotations
 
@@ -11,58 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_loader, create_transform, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, create_loader
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from timm_structdrop.data import SeededDataset, class_names, create_dataset
+from timm_structdrop.data import SeededDataset, class_names
 from timm_structdrop.data.factory import FOLDER_NAMES, has_splits
-from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.errors import UserError
 from timm_structdrop.evaluation import evaluate
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.recipes.build_datasets import build_dataset
 from timm_structdrop.training import Progress
 
-__all__ = [
-    "check_interpolation",
-    "evaluation",
-    "input_settings",
-    "normalised_images",
-    "training_batches",
-    "validation_batches",
-]
+__all__ = ["evaluation", "training_batches", "validation_batches"]
 
 _logger = logging.getLogger(__name__)
-
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
-
-
-def input_settings(flags: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """Input size, normalisation and resizing: what the flags say, else what the model says.
-
-    Raises:
-        UserError: the mean, the deviation or the interpolation is not one that fits.
-    """
-    channels = first_conv(model).in_channels
-    for name in ("mean", "std"):
-        values = getattr(flags, name)
-        if values is not None and len(values) not in (1, channels):
-            raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
-    check_interpolation(flags.interpolation)
-    if flags.train_interpolation != "random":
-        check_interpolation(flags.train_interpolation)
-    settings = dict(vars(flags))
-    if not settings.get("input_size"):
-        # timm takes three channels for granted with --img-size, and the model's size otherwise
-        size = settings.get("img_size")
-        height, width = (size, size) if size else model.pretrained_cfg["input_size"][1:]
-        settings["input_size"] = (channels, height, width)
-    return resolve_data_config(settings, model=model)
-
-
-def check_interpolation(name: str) -> None:
-    """Raise UserError for a way of resizing that timm does not have; '' stands for the model's."""
-    if name and name not in INTERPOLATIONS:
-        raise UserError(f"unknown interpolation {name!r}{nearest(name, INTERPOLATIONS)}")
 
 
 def training_batches(
@@ -87,7 +49,7 @@ def training_batches(
         UserError: the data are not there, hold more classes than the model has outputs, or fewer
             images than one batch.
     """
-    dataset = _dataset(flags, data, is_training=True)
+    dataset = build_dataset(flags, data, is_training=True)
     classes = class_names(dataset)
     if classes is not None and len(classes) > num_classes:
         raise UserError(
@@ -170,7 +132,7 @@ def validation_batches(
 
     `wrap` may put something around the data set, between its transform and the loader.
     """
-    dataset = _dataset(flags, data, is_training=False)
+    dataset = build_dataset(flags, data, is_training=False)
     return create_loader(
         dataset if wrap is None else wrap(dataset),
         batch_size=flags.validation_batch_size or flags.batch_size,
@@ -180,72 +142,6 @@ def validation_batches(
         crop_mode=data["crop_mode"],
         **_loading(flags, data, device, world_size),
     )
-
-
-def normalised_images(flags: argparse.Namespace, data: Mapping[str, Any], split: str) -> Any:
-    """The data set of a split whose images are as the model gets them at evaluation, (C, H, W).
-
-    Args:
-        flags: the data set's, as of train.py.
-        data: timm's data config.
-        split: which images.
-
-    Raises:
-        UserError: the data are not there.
-    """
-    dataset = create_dataset(
-        flags.dataset,
-        flags.data_dir or flags.data,
-        split,
-        input_img_mode=_image_mode(flags, data),
-        class_map=flags.class_map,
-        input_key=flags.input_key,
-        target_key=flags.target_key,
-    )
-    dataset.transform = create_transform(**data)
-    return dataset
-
-
-def _image_mode(flags: argparse.Namespace, data: Mapping[str, Any]) -> str:
-    return flags.input_img_mode or ("RGB" if data["input_size"][0] == 3 else "L")
-
-
-def _dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bool) -> Any:
-    training_only: dict[str, Any] = {}
-    if is_training and flags.train_fraction is not None:
-        seed = flags.train_fraction_seed
-        training_only = {
-            "share": flags.train_fraction,
-            "share_seed": flags.seed if seed is None else seed,
-        }
-    if is_training and not flags.no_aug:
-        for name in ("crop_padding", "rotation", "shift"):
-            training_only[name] = getattr(flags, name)
-    num_samples = flags.train_num_samples if is_training else flags.val_num_samples
-    dataset = create_dataset(
-        flags.dataset,
-        flags.data_dir or flags.data,
-        flags.train_split if is_training else flags.val_split,
-        is_training=is_training,
-        input_img_mode=_image_mode(flags, data),
-        class_map=flags.class_map,
-        download=flags.dataset_download,
-        seed=flags.seed,
-        batch_size=flags.batch_size,
-        repeats=flags.epoch_repeats if is_training else 0,
-        input_key=flags.input_key,
-        target_key=flags.target_key,
-        num_samples=num_samples,
-        trust_remote_code=flags.dataset_trust_remote_code,
-        **training_only,
-    )
-    if num_samples and not isinstance(dataset, IterableDataset):
-        flag = "--train-num-samples" if is_training else "--val-num-samples (--num-samples)"
-        raise UserError(
-            f"{flag} says how long a streamed data set is (hfids/, tfds/, wds/); got "
-            f"{num_samples} for {flags.dataset or 'a folder'}, which has {len(dataset)} images"
-        )
-    return dataset
 
 
 def _loading(
