@@ -338,6 +338,17 @@ def test_nothing_to_resume(tmp_path):
         find_resume(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [b"epoch,loss\n0,1\nx,2\n", b"a,b\n1,2\n", b"e\0\n1\n", b"\xff\xfe\n"]
+)
+def test_what_is_no_summary_is_one_clear_line_and_stays(tmp_path, content):
+    path = tmp_path / "summary.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"summary\.csv must have one epoch per row; got .*summary"):
+        SummaryFile(path)
+    assert path.read_bytes() == content
+
+
 def test_the_summary_keeps_one_header_and_drops_redone_epochs(tmp_path):
     path = tmp_path / "summary.csv"
     summary = SummaryFile(path)

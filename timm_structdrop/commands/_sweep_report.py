@@ -10,9 +10,9 @@ from typing import Any
 
 from timm_structdrop.analysis import save_csv, save_png
 from timm_structdrop.analysis.figure import new_figure
-from timm_structdrop.commands._sweep_runs import done_runs, read_summary
+from timm_structdrop.commands._sweep_runs import done_runs
 from timm_structdrop.recipes import Cell, Table
-from timm_structdrop.training import write_whole
+from timm_structdrop.training import read_summary, write_whole
 
 __all__ = ["CellResult", "collect", "draw_results", "markdown", "write_numbers", "write_picture"]
 
@@ -62,7 +62,7 @@ def collect(table: Table, folder: Path, cells: Collection[str] = ()) -> list[Cel
         runs = done_runs(folder / key)
         if not runs and key not in cells:
             continue
-        rows = {seed: read_summary(place) for seed, place in runs.items()}
+        rows = {seed: read_summary(place / "summary.csv") for seed, place in runs.items()}
         values: dict[str, dict[int, float]] = {}
         for figure in table.figures():
             found = {seed: table.metric.of(of_run, figure) for seed, of_run in rows.items()}

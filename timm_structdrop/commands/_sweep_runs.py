@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import signal
 import subprocess
@@ -19,9 +18,9 @@ import torch
 from timm_structdrop.analysis import save_json
 from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import Cell
-from timm_structdrop.training import find_resume
+from timm_structdrop.training import find_resume, read_summary
 
-__all__ = ["Run", "Runner", "done_runs", "read_summary"]
+__all__ = ["Run", "Runner", "done_runs"]
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 POLL_SECONDS = 0.2
@@ -61,7 +60,7 @@ class Run:
 
     def epochs_done(self) -> int:
         """How many epochs have a row in its summary."""
-        return len(read_summary(self.folder))
+        return len(read_summary(self.folder / "summary.csv"))
 
     def can_resume(self) -> bool:
         """Whether it left a checkpoint."""
@@ -88,15 +87,6 @@ def done_runs(folder: Path) -> dict[int, Path]:
     """The folders of a cell's runs that have trained to their end, by seed."""
     seeds = sorted(int(path.stem.split("-")[1]) for path in folder.glob("seed-*.json"))
     return {seed: folder / f"seed-{seed}" for seed in seeds}
-
-
-def read_summary(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's ``summary.csv``; none before its first epoch has ended."""
-    try:
-        with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from timm_structdrop.training.checkpoint import Position, RunSaver, RunState
 from timm_structdrop.training.choice import make_task
 from timm_structdrop.training.epoch import learning_rate, train_one_epoch
-from timm_structdrop.training.files import SummaryFile, write_whole
+from timm_structdrop.training.files import SummaryFile, read_summary, write_whole
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.loop import fit
 from timm_structdrop.training.parts import Loop, LoopSettings
@@ -35,6 +35,7 @@ __all__ = [
     "learning_rate",
     "live_drop_prob",
     "make_task",
+    "read_summary",
     "resume",
     "schedule_shapes",
     "seed_everything",

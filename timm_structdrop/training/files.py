@@ -14,7 +14,7 @@ import torch
 
 from timm_structdrop.errors import UserError, one_line
 
-__all__ = ["SummaryFile", "replace_with_link", "save_whole", "write_whole"]
+__all__ = ["SummaryFile", "read_summary", "replace_with_link", "save_whole", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -73,6 +73,24 @@ def replace_with_link(source: Path, path: Path) -> None:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
 
+def read_summary(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's ``summary.csv``; none where there is no such file yet.
+
+    Raises:
+        UserError: it is no table with an epoch in each row.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+    except (csv.Error, UnicodeDecodeError):
+        rows = [{}]
+    if not all(str(row.get("epoch")).isdigit() for row in rows):
+        raise UserError(f"summary.csv must have one epoch per row; got {path}")
+    return rows
+
+
 class SummaryFile:
     """``summary.csv`` of a run: one header, one row for each epoch.
 
@@ -86,7 +104,9 @@ class SummaryFile:
 
     def __init__(self, path: Path, first_epoch: int = 0) -> None:
         self.path = path
-        self.rows = [row for row in self._read() if int(row["epoch"]) < first_epoch]
+        self.rows: list[Mapping[str, Any]] = [
+            row for row in read_summary(path) if int(row["epoch"]) < first_epoch
+        ]
         if path.exists():
             self._write()
 
@@ -94,15 +114,6 @@ class SummaryFile:
         """Add a row and write the file; a column that earlier rows lack is empty there."""
         self.rows.append(dict(row))
         self._write()
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-        if not all(str(row.get("epoch")).isdigit() for row in rows):
-            raise UserError(f"summary.csv must have one epoch per row; got {self.path}")
-        return rows
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
