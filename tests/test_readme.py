@@ -1,11 +1,10 @@
-"""The README's code runs as it stands, and its commands are ones the scripts know."""
+"""The code of the README and of the guide runs as it stands, and their commands are known."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 from timm_structdrop.__main__ import COMMANDS, command_parser
@@ -15,10 +14,12 @@ from timm_structdrop.recipes.validate_flags import validate_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = (ROOT / "docs" / "training.md").read_text()
+TEXT = README + GUIDE
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 SHELL = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
     for line in block.splitlines()
 ]
 
@@ -29,10 +30,10 @@ def test_there_are_examples():
 
 
 def test_the_python_examples_run():
-    names = {"criterion": torch.nn.CrossEntropyLoss()}
-    names["model"] = timm.create_model("resnet8_dropcluster", num_classes=3)
+    names = {"loader": [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))] * 2}
     for code in PYTHON:
         exec(code, names)
+    assert names["model"].act1.dropcluster.fitted_at == 1
 
 
 def commands(*start):
@@ -67,7 +68,7 @@ def test_every_flag_in_the_text_is_one_with_a_help():
         flag: action for parser in parsers for flag, action in parser._option_string_actions.items()
     }
     known["--device-modules"] = known["--model"]  # of timm's train.py
-    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT):
         assert flag in known and known[flag].help, flag
 
 
