@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from timm_structdrop.recipes import load_recipe, recipe_names, train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
 from timm_structdrop.recipes.command_line import training_command
+from timm_structdrop.training import read_summary
 
 __all__ = ["Trained", "read_run", "training_facts"]
 
@@ -118,11 +118,7 @@ def _base_model(saved: Mapping[str, Any], model: Any) -> str | None:
 
 def _accuracy(folder: Path, epoch: object) -> dict[str, float]:
     """Top-1 and top-5 accuracy of an epoch in percent, from summary.csv."""
-    try:
-        with open(folder / "summary.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(epoch)]
-    except FileNotFoundError:
-        return {}
+    rows = [row for row in read_summary(folder / "summary.csv") if row["epoch"] == str(epoch)]
     last = rows[-1] if rows else {}
     return {key: float(last[f"eval_{key}"]) for key in ("top1", "top5") if last.get(f"eval_{key}")}
 
