@@ -117,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check_push_flags(flags: argparse.Namespace) -> None:
     """What would otherwise be known when the training is over."""
     if not flags.push_to_hub:
-        if flags.push_every:
-            raise UserError(f"--push-every needs --push-to-hub; got {flags.push_every}")
+        for flag, value in (("push-every", flags.push_every), ("hub-license", flags.hub_license)):
+            if value:
+                raise UserError(f"--{flag} needs --push-to-hub; got {value}")
         return
     if not flags.hub_license:
         raise UserError("--push-to-hub needs --hub-license, such as apache-2.0; got none")

@@ -253,7 +253,7 @@ BAD = {
         "existing file or folder; got none.pt",
     ),
     "two weights": (["lenet5", "--checkpoint", "x", "--pretrained"], "got both"),
-    "no data set": (["lenet5"], "--dataset must say what to read"),
+    "no data set": (["lenet5"], "--data-dir must name a folder of images, or --dataset"),
     "unknown data": (
         ["lenet5", "--dataset", "digitz"],
         "unknown dataset 'digitz' (nearest: digits",

@@ -75,7 +75,7 @@ def test_warnings_for_users_are_one_line_without_a_frame():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     first, *others = done.stderr.splitlines()
     assert first == "warning: two lines"
-    assert [line for line in others if "warning" in line.lower()] == [
+    assert [line for line in others if "Warning: " in line] == [
         "<string>:5: FutureWarning: old",
         "<string>:7: UserWarning: afterwards",
     ]

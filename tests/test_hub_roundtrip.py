@@ -139,6 +139,7 @@ def test_training_goes_on_when_the_hub_is_away(tmp_path, monkeypatch, caplog):
             "a repository is named user/name; got 'net'",
         ),
         (["--push-every", "3"], "--push-every needs --push-to-hub; got 3"),
+        (["--hub-license", "mit"], "--hub-license needs --push-to-hub; got mit"),
     ],
 )
 def test_wrong_flags_end_before_the_training(flags, message, tmp_path):

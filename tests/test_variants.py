@@ -202,3 +202,8 @@ def test_who_sets_nothing_gets_the_papers_settings(name, defaults):
     (first, *_) = structdrop_layers(model)
     settings = {**first.settings(), "drop_prob": first.target_drop_prob}
     assert defaults.items() <= settings.items()
+
+
+def test_an_unknown_keyword_is_answered_with_the_nearest():
+    with pytest.raises(TypeError, match=r"keyword argument 'blocksize' \(nearest: block_size"):
+        timm.create_model("resnet20_dropblock", blocksize=3)

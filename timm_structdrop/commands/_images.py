@@ -203,7 +203,9 @@ def _draw_images(
     names, drawn without replacement; all of a smaller data set, and the first ones of an iterable
     data set."""
     if flags.dataset is None:
-        raise UserError("--dataset must say what to read, e.g. digits; got none")
+        raise UserError(
+            "--data-dir must name a folder of images, or --dataset a data set (digits); got none"
+        )
     dataset = normalised_images(flags, data, flags.split)
     if isinstance(dataset, IterableDataset):
         drawn = list(islice(dataset, flags.num_images))

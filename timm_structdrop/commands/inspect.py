@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.cams and (args.compare or args.cam_layer):
         raise UserError("--compare and --cam-layer are of class activation maps; got no --cams")
     args.num_samples = args.num_samples or (CAM_SAMPLES if args.cams else SAMPLES)
-    files = Files(output_folder(args.output))
     subject = load_subject(args)
+    files = Files(output_folder(args.output))
     print(
         f"{subject.facts['model']} ({subject.facts['weights']} weights), {subject.images_text()}\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_structdrop.errors import UserError
+from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import regularizers
 from timm_structdrop.models._architectures import Architecture, architectures
 from timm_structdrop.models.packaged import check_file, packaged, packaged_cfg
@@ -85,7 +86,10 @@ class Variant:
         rate = _rate(own.pop("drop_block_rate", None), own.pop("keep_prob", None))
 
         def construct(**model_kwargs: Any) -> nn.Module:
-            model = self.architecture.constructor(**model_kwargs)
+            try:
+                model = self.architecture.constructor(**model_kwargs)
+            except TypeError as error:
+                raise TypeError(f"{error}{self._hint(str(error))}") from error
             change = self.architecture.placements.get(self.regularizer, {})
             usual = dict(change(model) if callable(change) else change)
             if "stages" in own or "where" in own:
@@ -106,6 +110,11 @@ class Variant:
         # timm's exports read this attribute: they name the settings that came with the tag
         model._model_args = trained_with
         return model
+
+    def _hint(self, message: str) -> str:
+        """The nearest of the variant's keywords, where the error is about an unknown one."""
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+        return nearest(unknown[1], self.keywords()) if unknown else ""
 
     def _chosen_cfg(self, pretrained: bool, asked: Any) -> PretrainedCfg:
         """The cfg that is asked for: itself, by its tag, or the default.

@@ -13,7 +13,16 @@ from timm.utils import ParseKwargs
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.recipes.help_text import HelpText, short_usage
 
-__all__ = ["FlagParser", "Keywords", "at_least", "check_choice", "fraction", "parse_structdrop"]
+__all__ = [
+    "FlagParser",
+    "Keywords",
+    "at_least",
+    "check_choice",
+    "fraction",
+    "parse_structdrop",
+    "rate",
+    "share",
+]
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -135,14 +144,31 @@ def at_least(low: int | float) -> Callable[[str], int | float]:
 
 
 def fraction(text: str) -> float:
-    """A type of flag: probabilities and rates, in [0, 1]."""
+    """A type of flag: probabilities, in [0, 1]."""
     value = _number(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"must be in [0, 1]; got {text}")
     return value
 
 
-fraction.__name__ = "float"
+def rate(text: str) -> float:
+    """A type of flag: drop rates, in [0, 1)."""
+    value = _number(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1); got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A type of flag: shares of a whole, in (0, 1]."""
+    value = _number(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1]; got {text}")
+    return value
+
+
+for _of_floats in (fraction, rate, share):
+    _of_floats.__name__ = "float"
 
 
 def _whole_number(text: str) -> int:

@@ -24,7 +24,7 @@ from timm_structdrop.recipes.optimizer_flags import (
     add_optimizer_flags,
     add_scheduler_flags,
 )
-from timm_structdrop.recipes.parser import FlagParser, at_least, fraction
+from timm_structdrop.recipes.parser import FlagParser, at_least, fraction, rate, share
 from timm_structdrop.training import schedule_shapes
 
 __all__ = ["train_parser"]
@@ -76,9 +76,9 @@ def _add_training_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--train-fraction",
-        type=fraction,
+        type=share,
         metavar="F",
-        help="train on this share of every class, in [0, 1]; on all if not given",
+        help="train on this share of every class, in (0, 1]; on all if not given",
     )
     add(
         "--train-fraction-seed",
@@ -130,9 +130,9 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--drop-path", type=fraction, metavar="P", help="stochastic depth, by timm's linear rule")
     add(
         "--drop-block",
-        type=float,
+        type=rate,
         metavar="P",
-        help="drop rate of the structured layers, below 1; the model's default if not given",
+        help="drop rate of the structured layers, in [0, 1); the model's default if not given",
     )
     add(
         "--drop-schedule",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ def find_resume(path: str | Path) -> Path:
     """The checkpoint to continue from: ``path`` itself, or in a folder the furthest one.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or ``path`` is another file.
     """
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"--resume must be an existing checkpoint or folder; got {path}")
+        if not zipfile.is_zipfile(path):  # as today's checkpoints are: a look costs nothing
+            read_file(path)
         return path
     candidates = [*recoveries(path)[-1:], path / f"last{EXTENSION}"]
     for candidate in candidates:
