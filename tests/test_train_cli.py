@@ -302,6 +302,14 @@ def test_the_images_have_the_channels_and_the_size_of_the_model(flags, tmp_path)
     assert list(tmp_path.glob("*/last.pth.tar"))
 
 
+def test_a_run_that_does_nothing_but_warm_up_says_so(run, caplog):
+    run("--model", "lenet5", "--epochs", "1", "--warmup-epochs", "5")
+    assert "not do more than warm up: --warmup-epochs is 5 in a run of 1 epoch" in caplog.text
+    caplog.clear()
+    run("--model", "lenet5", "--epochs", "2", "--warmup-epochs", "1", "--experiment", "other")
+    assert "warm up" not in caplog.text
+
+
 def test_what_a_beginner_forgets_is_said(tmp_path, caplog):
     """A folder without splits, fewer classes than outputs, and going on with a finished run."""
     folder = write_images(tmp_path / "images") / "train"

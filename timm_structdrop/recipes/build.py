@@ -173,9 +173,16 @@ def build_scheduler(
     """
     settings = scheduler_kwargs(flags, decreasing_metric=flags.eval_metric == "loss")
     try:
-        return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
+        made = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError) as error:
         raise UserError(f"schedule {flags.sched} does not take these flags: {error}") from error
+    scheduler, epochs = made
+    if scheduler is not None and flags.warmup_epochs >= epochs:
+        _logger.warning(
+            f"The learning rate will not do more than warm up: --warmup-epochs is "
+            f"{flags.warmup_epochs} in a run of {counted(epochs, 'epoch')}"
+        )
+    return made
 
 
 def build_task(
