@@ -18,7 +18,7 @@ from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
 from timm_structdrop.recipes.device import chosen_device
-from timm_structdrop.recipes.parser import Keywords, at_least
+from timm_structdrop.recipes.parser import Keywords, at_least, rate
 from timm_structdrop.recipes.validate_flags import ARCHITECTURE_KEYS, INPUT_KEYS
 from timm_structdrop.training import derive_seed, seed_everything
 from timm_structdrop.words import counted
@@ -106,9 +106,9 @@ def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: i
     )
     add(
         "--drop-block",
-        type=float,
+        type=rate,
         metavar="P",
-        help="drop rate of the structured layers, below 1; the model's default if not given",
+        help="drop rate of the structured layers, in [0, 1); the model's default if not given",
     )
     add("--device", metavar="NAME", help="cpu, cuda, ...; cuda where there is one, else cpu")
     add = parser.add_argument_group("Images").add_argument
