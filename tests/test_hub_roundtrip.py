@@ -171,7 +171,8 @@ def test_imagenet_variants_take_timms_weights(hub, timms, tmp_path):
     ]  # fmt: skip
     train = [
         *("--pretrained", "--num-classes", "2", *data, "--epochs", "1", "--batch-size", "8"),
-        *("--workers", "0", "--lr", "1e-9", "--log-interval", "1000", "--output", str(tmp_path)),
+        *("--workers", "0", "--lr", "1e-9", "--warmup-epochs", "0", "--log-interval", "1000"),
+        *("--output", str(tmp_path)),
     ]  # fmt: skip
     with Client(hub.env(tmp_path / "home", token=None)) as client:
         sums = client.run("""

@@ -38,7 +38,7 @@ def draw_cams(images: Tensor, models: Mapping[str, Cams], class_names: Sequence[
         A matplotlib figure.
     """
     shown = len(images)
-    header, footer = 0.5, 0.5
+    header, footer = 0.7, 0.5
     width = max(LABEL + shown * (CELL + GAP) + 0.15, 6.2)
     row_height = CELL + TEXT + GAP
     height = header + footer + (1 + len(models)) * row_height
@@ -79,6 +79,8 @@ def draw_cams(images: Tensor, models: Mapping[str, Cams], class_names: Sequence[
         y=1 - 0.12 / height,
         va="top",
     )
+    what = "white line: half of the map's maximum; number: the fraction of the image within it"
+    figure.text(0.5, 1 - 0.38 / height, what, fontsize=8, ha="center", va="top")
     _colour_bar(figure, width, height)
     return figure
 
