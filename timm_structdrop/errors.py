@@ -54,6 +54,14 @@ def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:
     return f" (nearest: {', '.join(by_lower[match] for match in close)})" if close else ""
 
 
+def unexpected_keyword(error: BaseException) -> tuple[str, str] | None:
+    """Who got a keyword that it does not know, function or class, and which; None of other
+    errors."""
+    words = r"(\w+)\.?\S*\(\) got an unexpected keyword argument '(\w+)'"
+    found = re.match(words, str(error)) if isinstance(error, TypeError) else None
+    return (found[1], found[2]) if found else None
+
+
 def dead_worker(error: BaseException) -> str | None:
     """One clause if the error is that a DataLoader's worker process died, else None."""
     died = _DEAD_WORKER.match(str(error)) if isinstance(error, RuntimeError) else None

@@ -18,7 +18,8 @@ from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
 from timm_structdrop.recipes.device import chosen_device
-from timm_structdrop.recipes.parser import Keywords, at_least, rate
+from timm_structdrop.recipes.flags import add_drop_block_flag, add_settings_flags
+from timm_structdrop.recipes.parser import at_least
 from timm_structdrop.recipes.validate_flags import ARCHITECTURE_KEYS, INPUT_KEYS
 from timm_structdrop.training import derive_seed, seed_everything
 from timm_structdrop.words import counted
@@ -72,12 +73,8 @@ def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: i
     add("--checkpoint", default="", metavar="PATH", help="weights: a file, or the folder of a run")
     add("--use-ema", action="store_true", help="the averaged weights of the checkpoint")
     add("--pretrained", action="store_true", help="the model's pretrained weights")
-    add(
-        "--num-classes",
-        type=at_least(1),
-        metavar="N",
-        help="outputs of the model; its default if not given",
-    )
+    add_settings_flags(add)
+    parser.set_defaults(structdrop=None)  # that of the checkpoint's training
     add(
         "--img-size",
         type=at_least(1),
@@ -90,26 +87,7 @@ def add_subject_flags(parser: argparse.ArgumentParser, split: str, num_images: i
         metavar="N",
         help="channels of the images; the model's default if not given",
     )
-    add(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=Keywords,
-        metavar="KEY=VALUE",
-        help="settings of the model and its regularizer, such as n_clusters=15",
-    )
-    add(
-        "--structdrop",
-        action="append",
-        metavar="NAME:KEY=VALUE,...",
-        help="attach a regularizer to the model; may be repeated",
-    )
-    add(
-        "--drop-block",
-        type=rate,
-        metavar="P",
-        help="drop rate of the structured layers, in [0, 1); the model's default if not given",
-    )
+    add_drop_block_flag(add)
     add("--device", metavar="NAME", help="cpu, cuda, ...; cuda where there is one, else cpu")
     add = parser.add_argument_group("Images").add_argument
     add(

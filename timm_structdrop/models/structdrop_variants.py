@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.errors import UserError, nearest, unexpected_keyword
 from timm_structdrop.layers import regularizers
 from timm_structdrop.models._architectures import Architecture, architectures
 from timm_structdrop.models.packaged import check_file, packaged, packaged_cfg
@@ -89,7 +88,9 @@ class Variant:
             try:
                 model = self.architecture.constructor(**model_kwargs)
             except TypeError as error:
-                raise TypeError(f"{error}{self._hint(str(error))}") from error
+                unknown = unexpected_keyword(error)
+                hint = nearest(unknown[1], self.keywords()) if unknown else ""
+                raise TypeError(f"{error}{hint}") from error
             change = self.architecture.placements.get(self.regularizer, {})
             usual = dict(change(model) if callable(change) else change)
             if "stages" in own or "where" in own:
@@ -110,11 +111,6 @@ class Variant:
         # timm's exports read this attribute: they name the settings that came with the tag
         model._model_args = trained_with
         return model
-
-    def _hint(self, message: str) -> str:
-        """The nearest of the variant's keywords, where the error is about an unknown one."""
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
-        return nearest(unknown[1], self.keywords()) if unknown else ""
 
     def _chosen_cfg(self, pretrained: bool, asked: Any) -> PretrainedCfg:
         """The cfg that is asked for: itself, by its tag, or the default.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-import re
 from typing import Any
 
 import timm
@@ -16,7 +15,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
-from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.errors import UserError, nearest, unexpected_keyword
 from timm_structdrop.hub.failures import hub_errors
 from timm_structdrop.layers import DropCluster2d
 from timm_structdrop.models.packaged import packaged
@@ -111,16 +110,16 @@ def packaged_hint(arch: str) -> str:
 
 def _refusal(flags: argparse.Namespace, arch: str, error: Exception) -> str:
     """Why a model cannot be built; for an unknown keyword with the nearest that are known."""
-    unknown = re.match(r"(\w+)\.?\S*\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if unknown is None or unknown[2] not in flags.model_kwargs:
+    maker, keyword = unexpected_keyword(error) or ("", "")
+    if keyword not in flags.model_kwargs:
         return f"model {flags.model} does not take these flags: {error}"
-    made = getattr(timm.models, unknown[1], None)
+    made = getattr(timm.models, maker, None)
     known = set(inspect.signature(made).parameters) if callable(made) else set()
     if arch in variants:
         known |= set(variants[arch].keywords())
     return (
-        f"--model-kwargs must be settings of {flags.model}; got {unknown[2]!r}"
-        f"{nearest(unknown[2], known)}"
+        f"--model-kwargs must be settings of {flags.model}; got {keyword!r}"
+        f"{nearest(keyword, known)}"
     )
 
 

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
-from timm_structdrop.recipes.parser import Keywords, at_least, fraction
+from timm_structdrop.recipes.parser import Keywords, at_least, fraction, rate
 
-__all__ = ["SWITCH", "add_data_flags", "add_device_flags", "add_model_flags", "add_source_flags"]
+__all__ = [
+    "SWITCH",
+    "add_data_flags",
+    "add_device_flags",
+    "add_drop_block_flag",
+    "add_model_flags",
+    "add_settings_flags",
+    "add_source_flags",
+]
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -81,6 +90,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Model").add_argument
     add("--model", default="resnet50", metavar="NAME", help="any model of timm or of this package")
     add("--pretrained", action=SWITCH, default=False, help="start from the pretrained weights")
+    add_settings_flags(add)
+    add("--gp", metavar="POOL", help="global pool: fast, avg, max, avgmax or catavgmax")
+    add = parser.add_argument_group("Input of the model; its own values if not given").add_argument
+    add("--img-size", type=at_least(1), metavar="N", help="height and width in pixels")
+    add("--in-chans", type=at_least(1), metavar="N", help="channels of the images")
+    add(
+        "--input-size",
+        nargs=3,
+        type=at_least(1),
+        metavar="N",
+        help="channels, height and width, instead of these two",
+    )
+    add("--mean", type=float, nargs="+", metavar="X", help="of the pixels, which are in [0, 1]")
+    add("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
+    add("--crop-pct", type=fraction, metavar="X", help="share of the image's side in the crop")
+    add("--interpolation", default="", metavar="NAME", help="how images are resized at evaluation")
+
+
+def add_settings_flags(add: Callable[..., argparse.Action]) -> None:
+    """What a model is built with, shared by every command that builds one.
+
+    Args:
+        add: ``add_argument`` of their group.
+    """
     add(
         "--num-classes",
         type=at_least(1),
@@ -102,21 +135,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:KEY=VALUE,...",
         help="attach a regularizer to the model; may be repeated",
     )
-    add("--gp", metavar="POOL", help="global pool: fast, avg, max, avgmax or catavgmax")
-    add = parser.add_argument_group("Input of the model; its own values if not given").add_argument
-    add("--img-size", type=at_least(1), metavar="N", help="height and width in pixels")
-    add("--in-chans", type=at_least(1), metavar="N", help="channels of the images")
+
+
+def add_drop_block_flag(add: Callable[..., argparse.Action]) -> None:
+    """The rate of a model's structured layers; ``add`` as for :func:`add_settings_flags`."""
     add(
-        "--input-size",
-        nargs=3,
-        type=at_least(1),
-        metavar="N",
-        help="channels, height and width, instead of these two",
+        "--drop-block",
+        type=rate,
+        metavar="P",
+        help="drop rate of the structured layers, in [0, 1); the model's default if not given",
     )
-    add("--mean", type=float, nargs="+", metavar="X", help="of the pixels, which are in [0, 1]")
-    add("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
-    add("--crop-pct", type=fraction, metavar="X", help="share of the image's side in the crop")
-    add("--interpolation", default="", metavar="NAME", help="how images are resized at evaluation")
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from timm_structdrop.recipes.flags import (
     SWITCH,
     add_data_flags,
     add_device_flags,
+    add_drop_block_flag,
     add_model_flags,
     add_source_flags,
 )
@@ -24,7 +25,7 @@ from timm_structdrop.recipes.optimizer_flags import (
     add_optimizer_flags,
     add_scheduler_flags,
 )
-from timm_structdrop.recipes.parser import FlagParser, at_least, fraction, rate, share
+from timm_structdrop.recipes.parser import FlagParser, at_least, fraction, share
 from timm_structdrop.training import schedule_shapes
 
 __all__ = ["train_parser"]
@@ -128,12 +129,7 @@ def _add_regularizer_flags(parser: argparse.ArgumentParser) -> None:
         "--drop", type=fraction, default=0.0, metavar="P", help="dropout rate before the classifier"
     )
     add("--drop-path", type=fraction, metavar="P", help="stochastic depth, by timm's linear rule")
-    add(
-        "--drop-block",
-        type=rate,
-        metavar="P",
-        help="drop rate of the structured layers, in [0, 1); the model's default if not given",
-    )
+    add_drop_block_flag(add)
     add(
         "--drop-schedule",
         choices=tuple(schedule_shapes),
