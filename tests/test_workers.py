@@ -1,5 +1,8 @@
 """Batches from worker processes, one of which dies while it is being read from."""
 
+import os
+import sys
+
 import pytest
 
 from timm_structdrop.data.workers import read_batches
@@ -55,3 +58,20 @@ def test_an_error_of_the_data_stays_what_it_is(error, workers):
     with pytest.raises(type(error)) as raised:
         next(batches)
     assert raised.value is error
+
+
+def test_workers_are_silent_about_a_reader_that_is_gone(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: printed.append(kind))
+    here = os.getpid()
+    batches = read_batches(Broken(ValueError(), num_workers=2))
+    next(batches)
+    for process, kind in ((here, ConnectionResetError), (here + 1, ConnectionResetError),
+                          (here + 1, EOFError), (here + 1, ValueError)):  # fmt: skip
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        sys.excepthook(kind, kind(), None)
+    assert printed == [ConnectionResetError, ValueError]
+    with pytest.raises(ValueError):
+        next(batches)
+    sys.excepthook(EOFError, EOFError(), None)
+    assert printed[-1] is EOFError

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from timm_structdrop.errors import hear_no_more_of_workers
@@ -22,9 +26,29 @@ def read_batches(loader: Any) -> Iterator[Any]:
     """
     workers = getattr(getattr(loader, "loader", loader), "num_workers", 0)
     try:
-        yield from loader
+        with _quiet_workers():
+            yield from loader
     except _BROKEN as error:
         if not workers or str(error).startswith("Caught "):  # then it is of the data
             raise
         hear_no_more_of_workers()
         raise RuntimeError("DataLoader worker (pid(s) 0) exited unexpectedly") from error
+
+
+@contextmanager
+def _quiet_workers() -> Iterator[None]:
+    """Workers forked inside do not print that this process is no longer there to read from them:
+    the thread that shares their tensors would, with a traceback, beside the line of the error."""
+    usual, reader = sys.excepthook, os.getpid()
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if os.getpid() == reader or not issubclass(kind, _BROKEN):
+            usual(kind, error, traceback)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = usual
