@@ -66,7 +66,7 @@ def guidance(x: Tensor, alpha: Tensor | None, guide: str) -> tuple[Tensor, Tenso
 
 
 def candidate_pixels(
-    intensity: Tensor, block: tuple[int, int], n_pixels: int | None = None, rank: str = "valid"
+    intensity: Tensor, block: tuple[int, int], n_pixels: int | None = None, rank: str = "all"
 ) -> tuple[Tensor | None, int]:
     """Eq. (6): the n positions of the seed grid where J is highest.
 
@@ -74,7 +74,7 @@ def candidate_pixels(
         intensity: J (B, H, W).
         block: (rows, columns) of the blocks, at most (H, W).
         n_pixels: n; None for floor(H W / (rows columns)).
-        rank: ``"valid"``: the seed grid is that of :func:`inner_seeds`; ``"all"``: it is the map.
+        rank: ``"all"``: the seed grid is the map; ``"valid"``: it is that of :func:`inner_seeds`.
 
     Returns:
         Places (B, n) int64 of the flattened grid, in no order, or None for all of the grid; and n.
