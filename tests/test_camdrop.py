@@ -13,7 +13,13 @@ from torch._dynamo.testing import CompileCounter
 
 from timm_structdrop.layers import CamDrop2d, Step, cam_drop_2d
 from timm_structdrop.layers._blocks import clamp_block
-from timm_structdrop.layers._guide import candidate_pixels, compress, dominant_channels, guidance
+from timm_structdrop.layers._guide import (
+    candidate_pixels,
+    compress,
+    dominant_channels,
+    guidance,
+    how_many_pixels,
+)
 from timm_structdrop.layers._rate import paper_rate
 from timm_structdrop.layers.dropblock import drop_dense_blocks
 
@@ -133,7 +139,8 @@ def test_seeds_grow_blocks_and_samples_are_normalised(size, block_size, rank, ra
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     block = clamp_block(block_size, size)
     weights, intensity = guidance(x.detach(), alpha, "cam")
-    pixels, n = candidate_pixels(intensity, block, None, rank)
+    n = how_many_pixels(size, block, None, rank)
+    pixels = candidate_pixels(intensity, block, n, rank)
     chosen = weights.topk(2, dim=1, sorted=False).indices
     grid_width = size[1] if rank == "all" else size[1] - block[1] + 1
     shift = (0, 0) if rank == "all" else ((block[0] - 1) // 2, (block[1] - 1) // 2)

@@ -11,9 +11,11 @@ from timm_structdrop.layers._check import check_choice, check_drop_prob, check_i
 from timm_structdrop.layers._few_maps import drop_in_maps
 from timm_structdrop.layers._guide import (
     candidate_pixels,
+    check_alpha,
     dominant_channels,
     guidance,
     highest,
+    how_many_pixels,
     inner_seeds,
 )
 from timm_structdrop.layers._rate import paper_rate
@@ -97,7 +99,7 @@ def cam_drop_2d(
 
     Returns:
         (B, C, H, W) in the dtype and memory format of ``x``; ``x`` itself if ``drop_prob`` is the
-        float 0. No gradient flows through J or alpha.
+        float 0, and on a CPU if no seed was drawn. No gradient flows through J or alpha.
 
     Raises:
         ValueError: a setting is out of range, or ``x`` or ``alpha`` does not have its shape.
@@ -114,23 +116,32 @@ def cam_drop_2d(
         return x
     size = (x.shape[2], x.shape[3])
     block = clamp_block(block_size, size)
+    check_alpha(x, alpha, guide)
+    n = how_many_pixels(size, block, n_pixels, rank)
+    n_chosen = dominant_channels(x.shape[1], 1.0 if channels == "all" else n_channels)
+    if seed_rate == "dropblock":
+        rate = paper_rate(drop_prob, size, block_size)
+    else:
+        rate = drop_prob * (size[0] * size[1] / (block[0] * block[1] * n))
     with torch.no_grad():
-        weights, intensity = guidance(x, alpha, guide)
-        pixels, n = candidate_pixels(intensity, block, n_pixels, rank)
-        n_chosen = dominant_channels(x.shape[1], 1.0 if channels == "all" else n_channels)
-        chosen = highest(weights, n_chosen)
-        if seed_rate == "dropblock":
-            rate = paper_rate(drop_prob, size, block_size)
-        else:
-            rate = drop_prob * (size[0] * size[1] / (block[0] * block[1] * n))
         # float32 whatever the activations: float16 uniforms would round the rate
-        drawn = torch.rand((*chosen.shape, n), device=x.device, dtype=torch.float32) < rate
+        drawn = torch.rand((len(x), n_chosen, n), device=x.device, dtype=torch.float32) < rate
         samples = torch.arange(len(x), device=x.device)[:, None]
+        seen = x
+        if may_look_at_data(x):  # rank only the samples in which a seed was drawn
+            drawn_in = drawn.flatten(1).any(1).nonzero().squeeze(1)
+            if len(drawn_in) == 0:
+                return x
+            seen, drawn = x.index_select(0, drawn_in), drawn.index_select(0, drawn_in)
+            alpha = None if alpha is None else alpha.index_select(0, drawn_in)
+        weights, intensity = guidance(seen, alpha, guide)
+        chosen = highest(weights, n_chosen)
+        pixels = candidate_pixels(intensity, block, n, rank)
         if pixels is not None:
             pixels = pixels[:, None].expand_as(drawn)
-        if may_look_at_data(x):  # go on with only the maps in which a seed was drawn
+        if may_look_at_data(x):  # and grow blocks only in their maps with a seed
             found = drawn.any(2).nonzero(as_tuple=True)
-            samples, chosen, drawn = found[0], chosen[found], drawn[found]
+            samples, chosen, drawn = drawn_in[found[0]], chosen[found], drawn[found]
             pixels = None if pixels is None else pixels[found]
         dropped = _grow(drawn, pixels, size, block, rank)
     return drop_in_maps(x, samples, chosen, dropped)
