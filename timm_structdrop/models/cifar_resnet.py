@@ -162,7 +162,7 @@ class CifarStemResNet(ResNet):
             feature["reduction"] = max(1, feature["reduction"] // 4)
 
 
-for _depth in (8, 20, 32, 44, 56, 110):
+for _depth in (8, 14, 20, 32, 44, 56, 110):
     register_architecture(
         f"resnet{_depth}",
         partial(CifarResNet, depth=_depth),
