@@ -18,6 +18,7 @@ from timm_structdrop.models.lenet import PadToAtLeast
 
 PARAMETERS = {
     "resnet8": 75_290,
+    "resnet14": 172_506,
     "resnet20": 269_722,
     "resnet32": 464_154,
     "resnet44": 658_586,

@@ -4,14 +4,19 @@ import math
 import statistics
 import time
 from argparse import Namespace
+from functools import cache
 
 import pytest
+import timm
 import torch
+import yaml
 from timm.scheduler.scheduler import Scheduler
 
 from timm_structdrop.__main__ import main
 from timm_structdrop.errors import UserError
+from timm_structdrop.layers import CamDrop2d
 from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.recipes import (
     load_recipe,
     load_table,
@@ -101,7 +106,7 @@ def test_the_papers_figures():
             "dropcluster-table1",
             {"weight_decay": 5e-4, "lr": 0.1, "momentum": 0.9, "crop_padding": 4},
         ),
-        ("dropcluster-table3", {"weight_decay": 1e-4, "lr": 0.1, "momentum": 0.9, "img_size": 64}),
+        ("dropcluster-table3", {"weight_decay": 1e-4, "lr": 0.1, "momentum": 0.9, "img_size": 224}),
         (
             "rblock-table1-cifar10",
             {"weight_decay": 5e-4, "lr": 0.1, "batch_size": 128, "epochs": 200},
@@ -142,6 +147,66 @@ def test_the_rates_fall_when_the_papers_say():
                 scheduler.step_update(update)
                 expected = base * 0.1 ** sum(update >= 10 * d for d in decays)
                 assert math.isclose(optimizer.param_groups[0]["lr"], expected), name
+
+
+def rate_at(name: str, epoch: float, updates_per_epoch: int = 10) -> float:
+    """The learning rate of a recipe's update in mid-training; epochs are counted from 0."""
+    optimizer = build_optimizer(FLAGS[name], torch.nn.Linear(1, 1), world_size=1)
+    scheduler, _ = build_scheduler(FLAGS[name], optimizer, updates_per_epoch=updates_per_epoch)
+    update = round(epoch * updates_per_epoch)
+    if update:  # the rate of update 0 is set when the schedule is built
+        scheduler.step_update(update)
+    return optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("table", [f"camdrop-table{i}" for i in range(1, 6)])
+def test_camdrop_on_cifar_begins_at_a_hundredth(table):
+    """The authors' code: one epoch at 0.01, whatever the rate that follows."""
+    for name in (cell.name for cell in load_table(table).cells.values()):
+        assert rate_at(name, 0) == 0.01
+        assert 0.01 < rate_at(name, 0.5) < FLAGS[name].lr
+        assert [rate_at(name, epoch) for epoch in (1, 1.5, 2, 100)] == [FLAGS[name].lr] * 4
+
+
+def test_camdrop_figure_4_is_the_authors_script():
+    """64 results; Adam, whose rate is multiplied by 0.3 every 10 epochs; gamma falls linearly."""
+    cells = [cell.name for cell in load_table("camdrop-fig4").cells.values()]
+    grid = {(FLAGS[name].lr, 1 - FLAGS[name].drop_block) for name in cells}
+    assert len(cells) == len(grid) == 64
+    rates, gammas = ({point[axis] for point in grid} for axis in (0, 1))
+    assert (len(rates), min(rates), max(rates)) == (8, 0.03, 15.0)
+    assert (len(gammas), min(gammas), max(gammas)) == (8, 0.5, 1.0)
+    name = "camdrop-fig4/lr0.03-gamma0.9"
+    for epoch, falls in ((0, 0), (9, 0), (10, 1), (19.5, 1), (20, 2), (99, 9)):
+        assert math.isclose(rate_at(name, epoch), 0.03 * 0.3**falls), epoch
+    model = build_model(FLAGS[name])
+    task = build_task(FLAGS[name], model, 100, 10, torch.device("cpu"))
+    assert isinstance(build_optimizer(FLAGS[name], model, 1), torch.optim.Adam)
+    for update, rate in ((0, 0.0), (500, 0.05), (1000, 0.1)):
+        task.begin_update(update)
+        assert all(math.isclose(x.rate(), rate, rel_tol=1e-6) for x in structdrop_layers(model))
+    paths = [p for p, module in model.named_modules() if isinstance(module, CamDrop2d)]
+    assert len(paths) == 6 and all(path.startswith("layer3.") for path in paths)
+    assert len(model.layer1) == len(model.layer2) == len(model.layer3) == 2
+
+
+def test_dropouts_best_rate_of_dropblock_table_1_is_in_figure_3():
+    figure, table = FLAGS["dropblock-fig3/dropout-kp0.70"], FLAGS["dropblock-table1/dropout"]
+    for key in ("model", "drop_block", "model_kwargs", "lr", "epochs"):
+        assert getattr(figure, key) == getattr(table, key)
+
+
+def test_dropblock_has_one_seed_rate_in_all_of_rblocks_tables():
+    for name in (name for name in CELLS if name.startswith("rblock-") and "dropblock" in name):
+        assert FLAGS[name].model_kwargs["gamma"] == "paper", name
+
+
+def test_a_note_is_a_sentence_without_its_full_stop():
+    """It comes into cards, which set the stop, and starts a sentence there."""
+    for name in NAMES:
+        note = load_recipe(name).get("note", "x")
+        assert note[-1] != "." and "\n" not in note and ".." not in note, name
+    assert load_recipe("dropblock-table1/dropout")["note"].count(". Figure 3 says") == 1
 
 
 def shape_of(flags: Namespace) -> tuple:
@@ -204,6 +269,64 @@ def test_two_steps_of_a_recipe(name):
     assert all(layer.rate() > 0 for layer in layers) or flags.drop_block == 0
     moved = [bool((a != b).any()) for a, b in zip(before, model.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
+
+
+@cache
+def maps_of(model: str, settings: str, size: tuple[int, ...]) -> list[tuple[int, tuple[int, int]]]:
+    """(block_size, (H, W)) of each layer of a model that drops blocks, for images of this size.
+
+    Built and run on the meta device: shapes alone.
+    """
+    with torch.device("meta"):
+        built = timm.create_model(
+            model, in_chans=size[0], img_size=size[1:], **yaml.safe_load(settings)
+        )
+    found = []
+
+    def note(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].ndim == 4:  # the features before a classifier have no map
+            found.append((layer.block_size, tuple(args[0].shape[2:])))
+
+    layers = [layer for layer in structdrop_layers(built) if hasattr(layer, "block_size")]
+    for layer in layers:
+        layer.register_forward_pre_hook(note)
+    if layers:
+        with torch.no_grad():
+            built.eval()(torch.zeros(1, *size, device="meta"))
+    return found
+
+
+def clamps(name: str) -> bool:
+    """Whether a recipe asks for blocks larger than a map that they are dropped in."""
+    flags = FLAGS[name]
+    if flags.model not in variants:
+        return False
+    size = tuple(flags.input_size or (flags.in_chans or 3, flags.img_size, flags.img_size))
+    found = maps_of(flags.model, yaml.safe_dump(flags.model_kwargs), size)
+    return any(block_size > min(shape) for block_size, shape in found)
+
+
+@pytest.mark.parametrize("table", ["", *table_names()])
+def test_no_block_is_larger_than_its_map_unless_the_note_says_clamped(table):
+    """Of the single recipes too. A table's note says it for some of its cells, a cell's for its
+    own."""
+    names = [name for name in NAMES if name.rpartition("/")[0] == table]
+    clamped = {name for name in names if clamps(name)}
+    silent = {name for name in clamped if "clamped" not in load_recipe(name).get("note", "")}
+    assert not silent
+    if table:
+        said = {c.name for c in load_table(table).cells.values() if "clamped" in c.note}
+        assert said <= clamped
+        assert clamped or "clamped" not in load_table(table).note
+
+
+def test_the_maps_of_a_recipe():
+    """Known ones: 7x7 and, before the stride, 14x14 in group 4 of ResNet-50 at 224 px."""
+    assert set(maps_of("resnet50_dropblock", "{stages: [4]}", (3, 224, 224))) == {
+        (7, (7, 7)),
+        (7, (14, 14)),
+    }
+    assert set(maps_of("resnet18_cifar_rblock", "{sub_models: r-drop}", (3, 32, 32))) == set()
 
 
 ROWS = [

@@ -197,7 +197,8 @@ def _cell_recipe(table: Table, cell: Cell) -> dict[str, Any]:
         "published": cell.published,
         "published_std": cell.published_std,
         "runs": table.runs,
-        "note": " ".join(filter(None, (table.note, cell.note))),
+        # without its last full stop, as those of single recipes: who quotes it sets one
+        "note": " ".join(filter(None, (table.note, cell.note))).removesuffix("."),
     }
     return {**{key: value for key, value in facts.items() if value}, **cell.flags}
 
