@@ -14,6 +14,7 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.training import (
     Loop,
     LoopSettings,
+    Ranking,
     RunSaver,
     RunState,
     StructDropTask,
@@ -109,7 +110,7 @@ class TermAt:
 
 
 def with_files(loop: Loop, folder, first_epoch: int = 0) -> Loop:
-    loop.saver = RunSaver(loop.run, folder)
+    loop.saver = RunSaver(loop.run, folder, loop.ranking.decreasing)
     loop.summary = SummaryFile(folder / "summary.csv", first_epoch)
     return loop
 
@@ -200,6 +201,26 @@ def test_evaluation_and_checkpoints_come_every_val_interval_and_at_the_end(tmp_p
     }
     rows = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(rows) == 6 and rows[1].endswith(",,,,0.1") and rows[2].endswith("1.0,50.0,100.0,0.1")
+
+
+def test_a_saver_that_would_keep_the_worst_is_refused(tmp_path):
+    loop = make_loop()
+    loop.saver = RunSaver(loop.run, tmp_path)
+    with pytest.raises(UserError, match="must be True for checkpoints ranked by training loss"):
+        fit(loop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_that_were_not_evaluated_do_not_rank():
+    top1, loss = Ranking.of_run("top1", True), Ranking.of_run("top1", False)
+    results = [
+        {"epoch": 0, "train": {"loss": 2.0, "top1": 60.0}, "validation": {"top1": 50.0}},
+        {"epoch": 1, "train": {"loss": 1.0, "top1": 99.0}},
+        {"epoch": 2, "train": {"loss": 3.0, "top1": 50.0}, "validation": {"top1": 40.0}},
+    ]
+    assert [one["epoch"] for one in sorted(results, key=top1.sort_key)] == [1, 2, 0]
+    assert [one["epoch"] for one in sorted(results, key=loss.sort_key)] == [2, 0, 1]
+    assert (top1.words, loss.words) == ("validation top1", "training loss")
 
 
 def test_averaged_weights_are_what_counts():
