@@ -351,11 +351,11 @@ def report(flags: argparse.Namespace, loop: Loop, results: list[dict[str, Any]])
     best_last = sorted(results, key=loop.ranking.sort_key)
     print(f"--result\n{json.dumps(best_last[-10:], indent=4)}", flush=True)
     best = saver.folder / "model_best.pth.tar"
-    _logger.info(f"Next: {shlex.join(validate_command(flags, best))}")
+    _logger.info(f"Next: {shlex.join(validate_command(flags, best, loop.measures_average))}")
 
 
-def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
-    """The command that evaluates what was trained."""
+def validate_command(flags: argparse.Namespace, checkpoint: Path, averaged: bool) -> list[str]:
+    """The command that evaluates what was trained, the averaged weights or the model's own."""
     command = ["python", "validate.py"]
     if flags.recipe:
         command += ["--recipe", flags.recipe]
@@ -365,7 +365,7 @@ def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
     folder = flags.data_dir or flags.data
     command += ["--data-dir", folder] if folder else []
     command += ["--checkpoint", str(checkpoint)]
-    return command + (["--use-ema"] if flags.model_ema else [])
+    return command + (["--use-ema"] if averaged else [])
 
 
 if __name__ == "__main__":

@@ -234,6 +234,27 @@ def test_averaged_weights_are_what_counts():
     assert fit(loop)[0]["validation"]["top1"] == 1.0
 
 
+@pytest.mark.parametrize(
+    "device, weights", [("cpu", "state_dict_ema"), ("cpu:0", "state_dict"), (None, "state_dict")]
+)
+def test_a_checkpoint_says_which_weights_its_figures_are_of(tmp_path, device, weights):
+    """To the loop, cpu:0 is another device than cpu."""
+    loop = make_loop(epochs=1)
+    if device is not None:
+        loop.run.task.setup_ema(decay=0.5, device=torch.device("cpu"))
+        loop.device = torch.device(device)
+    figures = {"loss": 0.5, "top1": 50.0, "top5": 100.0}
+    loop.evaluate = lambda model, title: figures
+    fit(with_files(loop, tmp_path))
+    saved = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
+    assert saved["validation"] == {"weights": weights, **figures}
+
+
+def test_without_an_evaluation_a_checkpoint_has_no_figures(tmp_path):
+    fit(with_files(make_loop(epochs=1), tmp_path))
+    assert "validation" not in torch.load(tmp_path / "last.pth.tar", weights_only=True)
+
+
 def test_averages_know_the_update_across_epochs():
     loop, steps = make_loop(epochs=2, grad_accum_steps=2), []
     loop.run.task.update_ema = lambda step: steps.append(step)

@@ -103,7 +103,11 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Checkpoint:
     `use_ema` asks for averaged weights that are not in it.
     """
     path = find_checkpoint(path)
-    content = read_file(path)
+    return checkpoint_of(read_file(path), path, use_ema)
+
+
+def checkpoint_of(content: Mapping[str, Any], path: Path, use_ema: bool = False) -> Checkpoint:
+    """As `read_checkpoint`, of what `read_file` has read from `path`."""
     found = next((key for key in _EMA_KEYS if content.get(key) is not None), None)
     if use_ema and found is None:
         raise UserError(f"use_ema needs a checkpoint with averaged (EMA) weights; {path} has none")

@@ -120,9 +120,20 @@ class RunSaver(CheckpointSaver):
         self.folder = folder
 
     def save_checkpoint(
-        self, epoch: int, metric: float | None = None, update: int = 0
+        self,
+        epoch: int,
+        metric: float | None = None,
+        update: int = 0,
+        validation: Mapping[str, Any] | None = None,
     ) -> tuple[float | None, int | None]:
-        """Save the state after ``epoch``; ``metric`` ranks it, None keeps it by recency only.
+        """Save the state after ``epoch``.
+
+        Args:
+            epoch: the epoch that is over, counted from 0.
+            metric: ranks it; None keeps it by recency only.
+            update: optimizer updates done since the start of the run.
+            validation: figures of its evaluation for whoever publishes it, and under ``weights``
+                the key of the weights that they are of: ``state_dict`` or ``state_dict_ema``.
 
         Returns:
             The best metric so far and its epoch.
@@ -141,7 +152,7 @@ class RunSaver(CheckpointSaver):
         if is_best:
             self.best_metric, self.best_epoch = metric, epoch
         try:
-            self._write(fresh, Position(epoch + 1, 0, update), metric)
+            self._write(fresh, Position(epoch + 1, 0, update), metric, validation)
             if (str(path), metric) in self.checkpoint_files:
                 replace_with_link(fresh, path)
             if is_best:
@@ -195,11 +206,19 @@ class RunSaver(CheckpointSaver):
         elif not best.is_file() or read_file(best).get("epoch") != self.best_epoch:
             self.best_metric = self.best_epoch = None
 
-    def _write(self, path: Path, position: Position, metric: float | None = None) -> None:
+    def _write(
+        self,
+        path: Path,
+        position: Position,
+        metric: float | None = None,
+        validation: Mapping[str, Any] | None = None,
+    ) -> None:
         _check_finite(self.run.task.get_trainable_module(), position)
         content = self.run.state(position)
         if metric is not None:
             content["metric"] = metric
+        if validation is not None:
+            content["validation"] = dict(validation)
         # timm has load_state_dict add the checkpoint being written; here it is in the list
         content["saver"] = {**self.state_dict(), "pending": (None, None)}
         save_whole(content, path)

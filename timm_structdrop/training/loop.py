@@ -78,7 +78,8 @@ def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metric)
     if loop.saver is not None and due:
-        loop.saver.save_checkpoint(epoch, metric, (epoch + 1) * loop.updates_per_epoch)
+        update = (epoch + 1) * loop.updates_per_epoch
+        loop.saver.save_checkpoint(epoch, metric, update, _of_weights(loop, validation))
     return figures
 
 
@@ -108,10 +109,17 @@ def _evaluate(loop: Loop) -> dict[str, float] | None:
         return None
     task = loop.run.task
     figures = loop.evaluate(task.get_eval_model(), "Validate")
-    averaged = task.get_trainable_module(ema=True)
-    if averaged is not None and averaged.device in (None, loop.device):
+    if loop.measures_average:
         figures = loop.evaluate(task.get_eval_model(ema=True), "Validate (EMA)")
     return dict(figures)
+
+
+def _of_weights(loop: Loop, validation: Mapping[str, float] | None) -> dict[str, Any] | None:
+    """The figures with the checkpoint's key of the weights that they are of."""
+    if validation is None:
+        return None
+    weights = "state_dict_ema" if loop.measures_average else "state_dict"
+    return {"weights": weights, **validation}
 
 
 def _row(

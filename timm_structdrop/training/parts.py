@@ -95,6 +95,13 @@ class Loop:
         return Ranking.of_run(self.settings.eval_metric, self.evaluate is not None)
 
     @property
+    def measures_average(self) -> bool:
+        """Whether an evaluation's figures are of the averaged weights: where there are such, kept
+        on the device that the model is on."""
+        averaged = self.run.task.get_trainable_module(ema=True)
+        return averaged is not None and averaged.device in (None, self.device)
+
+    @property
     def updates_per_epoch(self) -> int:
         """Optimizer updates in an epoch, the last of which may have fewer batches."""
         return math.ceil(len(self.loader) / self.settings.grad_accum_steps)
