@@ -3,17 +3,20 @@
 import os
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.training import (
     Loop,
     LoopSettings,
+    Position,
     Ranking,
     RunSaver,
     RunState,
@@ -24,6 +27,7 @@ from timm_structdrop.training import (
     find_resume,
     fit,
     make_task,
+    read_summary,
     resume,
     seed_everything,
     set_loader_epoch,
@@ -142,6 +146,85 @@ def test_sigterm_finishes_the_update_and_the_run_goes_on_from_there(
         again.run.optimizer.state.values(), whole.run.optimizer.state.values(), strict=True
     ):
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+
+
+@pytest.mark.parametrize("stream, reads", [(False, 40 - 8), (True, 40)])
+def test_a_run_that_goes_on_does_not_read_what_it_has_trained_on(tmp_path, stream, reads):
+    """After 2 of 5 batches of epoch 1 of 2; a stream has to be read from its beginning."""
+
+    class Rows(TensorDataset):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    class Stream(IterableDataset):
+        read = 0
+
+        def __iter__(self):
+            for row in zip(IMAGES, TARGETS, strict=True):
+                self.read += 1
+                yield row
+
+        def __len__(self):
+            return len(IMAGES)
+
+    def loop_over(data):
+        loop = make_loop(epochs=2)
+        loop.loader = DataLoader(data, 4, shuffle=not stream)
+        return loop
+
+    make = Stream if stream else lambda: Rows(IMAGES, TARGETS)
+    stopped = with_files(loop_over(make()), tmp_path)
+    stopped.run.scheduler = TermAt(2)
+    with pytest.raises(TrainingStopped):
+        fit(stopped)
+    again = loop_over(make())
+    position, _ = resume(again.run, find_resume(tmp_path))
+    assert (position.epoch, position.batch) == (0, 2)
+    fit(again, position)
+    assert again.loader.dataset.read == reads
+    whole = loop_over(make())
+    fit(whole)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def one_of_two(rank: int, store: str, folder: str) -> None:
+    """Trains to the end, then the same again with an end and a resume after 2 of 3 batches."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+
+    def loop_of_rank(name: str, update: int | None = None) -> tuple[Loop, Position]:
+        loop = make_loop(epochs=1, rank=rank, world_size=2)
+        data = loop.loader.dataset
+        sampler = DistributedSampler(data, num_replicas=2, rank=rank)
+        loop.loader = DataLoader(data, 4, sampler=sampler)
+        position = Position()
+        if name == "again":
+            position, _ = resume(loop.run, find_resume(Path(folder, "stopped")))
+        loop.run.task.prepare_distributed()
+        loop.run.scheduler = None if update is None else TermAt(update)
+        Path(folder, name).mkdir(exist_ok=True)
+        return with_files(loop, Path(folder, name)) if rank == 0 else loop, position
+
+    fit(*loop_of_rank("whole"))
+    with pytest.raises(TrainingStopped):
+        fit(*loop_of_rank("stopped", update=2))
+    torch.distributed.barrier()
+    fit(*loop_of_rank("again"))
+    torch.distributed.destroy_process_group()
+
+
+def test_the_means_of_an_epoch_that_two_processes_went_on_with_are_those_of_all_images(tmp_path):
+    mp.spawn(one_of_two, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    (whole,), (again,) = (
+        read_summary(tmp_path / name / "summary.csv") for name in ("whole", "again")
+    )
+    for column in ("train_loss", "train_top1"):
+        assert float(again[column]) == pytest.approx(float(whole[column]), rel=1e-12)
 
 
 def test_parts_of_the_loss_that_a_task_names_get_columns_of_their_own(tmp_path):

@@ -32,7 +32,8 @@ class Position:
         epoch: the epoch to train next, or in progress, counted from 0.
         batch: batches of it that are done.
         update: optimizer updates done since the start of the run.
-        sums: what the epoch in progress has added up for its means (loss, images, ...).
+        sums: what the epoch in progress has added up for its means (loss, images, ...), over all
+            processes of the run.
     """
 
     epoch: int = 0
