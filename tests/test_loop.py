@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -241,9 +242,23 @@ def test_parts_of_the_loss_that_a_task_names_get_columns_of_their_own(tmp_path):
     assert "train_top1,train_kl,lr" in (tmp_path / "summary.csv").read_text()
 
 
-def test_after_sigterm_the_old_handler_is_back():
+@pytest.mark.parametrize("update", [None, 2])
+def test_after_the_training_the_old_handlers_are_back(update):
+    """Also after a SIGTERM, from which on a worker's end (SIGCHLD) is not heard."""
+
+    def heard(number, frame) -> None:
+        pass
+
+    usual = signal.signal(signal.SIGCHLD, heard)
     before = signal.getsignal(signal.SIGTERM)
-    fit(make_loop(epochs=1))
+    loop = make_loop(epochs=1)
+    loop.run.scheduler = None if update is None else TermAt(update)
+    try:
+        with nullcontext() if update is None else pytest.raises(TrainingStopped):
+            fit(loop)
+        assert signal.getsignal(signal.SIGCHLD) is heard
+    finally:
+        signal.signal(signal.SIGCHLD, usual)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
