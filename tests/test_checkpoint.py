@@ -208,6 +208,14 @@ def no_room():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_weights_that_are_not_finite_are_those_of_an_epoch_counted_from_one(tmp_path):
+    run = make_run()
+    with torch.no_grad():
+        run.task.trainable_module[0].bias.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"0\.bias is not after the last batch of epoch 17 "):
+        RunSaver(run, tmp_path).save_checkpoint(16, 1.0)
+
+
 @pytest.mark.parametrize("limit", [0, 100, 2000, 5000])
 def test_a_full_disk_leaves_the_checkpoints_of_before(tmp_path, no_room, limit):
     run = make_run(width=300)

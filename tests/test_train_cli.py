@@ -277,7 +277,9 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path, flags, line):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(run):
-    with pytest.raises(UserError, match=r"loss must be finite; got (nan|inf) in epoch 1, batch \d"):
+    with pytest.raises(
+        UserError, match=r"loss must be finite; got (nan|inf) in epoch 1/1, batch \d/3 "
+    ):
         run("--model", "lenet5", "--epochs", "1", "--opt", "sgd", "--lr", "1e30",
             "--sched", "none")  # fmt: skip
 
@@ -344,6 +346,14 @@ def test_a_run_that_does_nothing_but_warm_up_says_so(run, caplog):
     caplog.clear()
     run("--model", "lenet5", "--epochs", "2", "--warmup-epochs", "1", "--experiment", "other")
     assert "warm up" not in caplog.text
+
+
+def test_a_run_that_ends_before_the_first_fit_of_clusters_says_so(run, caplog):
+    run("--model", "lenet5_dropcluster", "--epochs", "2", "--cluster-start", "2")
+    assert "its first fit comes after 2 epochs (--cluster-start), and the run has 2" in caplog.text
+    caplog.clear()
+    run("--model", "lenet5_dropcluster", "--epochs", "2", "--cluster-start", "1", name="fits")
+    assert "first fit comes" not in caplog.text
 
 
 def test_what_a_beginner_forgets_is_said(tmp_path, caplog):

@@ -213,9 +213,9 @@ def build_task(
         fitted = any(layer.is_fitted for layer in clusters)  # it came with pretrained weights
         if flags.cluster_start >= epochs and not fitted:
             _logger.warning(
-                f"DropCluster will not do anything: its first fit is in epoch "
-                f"{flags.cluster_start} (--cluster-start, counted from 0) of a run of "
-                f"{counted(epochs, 'epoch')}"
+                "DropCluster will not do anything: its first fit comes after "
+                f"{counted(flags.cluster_start, 'epoch')} (--cluster-start), and the run has "
+                f"{epochs}"
             )
     mutual: dict[str, Any] = {}
     if has_fork(model):

@@ -245,9 +245,9 @@ def _check_finite(model: nn.Module, position: Position) -> None:
     named = [(name, weight.detach()) for name, weight in model.named_parameters()]
     finite = torch.stack([weight.isfinite().all() for _, weight in named]).tolist()
     if not all(finite):
-        where = f"epoch {position.epoch}, step {position.batch - 1}"
+        where = f"batch {position.batch} of epoch {position.epoch + 1}"
         if not position.batch:
-            where = f"the last step of epoch {position.epoch - 1}"
+            where = f"the last batch of epoch {position.epoch}"
         raise UserError(
             f"weights must be finite to be saved; {named[finite.index(False)][0]} is not after "
             f"{where} (a lower learning rate, --clip-grad or no --amp may help)"

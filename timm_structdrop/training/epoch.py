@@ -59,7 +59,7 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
             figures = _step(loop, images, target, of_update, need_update)
             (not_finite,) = loop.anywhere(not math.isfinite(figures["loss"]))
             if not_finite:
-                _refuse_loss(figures["loss"], epoch, batch)
+                _refuse_loss(loop, figures["loss"], epoch, batch)
             for name, value in {**figures, "images": 1.0}.items():
                 sums[name] = sums.get(name, 0.0) + value * len(target)
             progress.update(
@@ -93,11 +93,12 @@ def _batches(loop: Loop, first: int) -> Iterator[tuple[int, tuple[Tensor, Tensor
             raise
 
 
-def _refuse_loss(loss: float, epoch: int, batch: int) -> NoReturn:
+def _refuse_loss(loop: Loop, loss: float, epoch: int, batch: int) -> NoReturn:
     got = "another one in another process" if math.isfinite(loss) else loss
     raise UserError(
-        f"the loss must be finite; got {got} in epoch {epoch + 1}, batch {batch + 1} "
-        "(a lower learning rate, --clip-grad or no --amp may help)"
+        f"the loss must be finite; got {got} in epoch {epoch + 1}/{loop.settings.epochs}, "
+        f"batch {batch + 1}/{len(loop.loader)} (a lower learning rate, --clip-grad or no --amp may "
+        "help)"
     )
 
 
