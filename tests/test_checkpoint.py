@@ -144,6 +144,18 @@ def test_recovery_checkpoints_replace_each_other_and_go_with_the_epoch(tmp_path)
     assert not list(tmp_path.glob("recovery*"))
 
 
+def test_the_furthest_checkpoint_is_the_one_to_go_on_from(tmp_path):
+    """Whatever its name: a recovery of epoch 9 is behind a last that has trained it to its end."""
+    saver = RunSaver(make_run(), tmp_path)
+    saver.save_recovery(9, 10, 24)
+    stale = (tmp_path / "recovery-9-10.pth.tar").read_bytes()
+    saver.save_checkpoint(9, 2.0)
+    (tmp_path / "recovery-9-10.pth.tar").write_bytes(stale)  # it died before it could delete it
+    assert find_resume(tmp_path).name == "last.pth.tar"
+    saver.save_recovery(10, 1, 26)
+    assert find_resume(tmp_path).name == "recovery-10-1.pth.tar"
+
+
 def test_timm_reads_ours(tmp_path):
     run = make_run(ema=True)
     train(run, 3)

@@ -20,6 +20,7 @@ from timm_structdrop.commands._runs import read_run
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub import export_model, push_to_hub
 from timm_structdrop.hub.export import layer_settings
+from timm_structdrop.hub.failures import hub_errors
 from timm_structdrop.hub.readme import END, START, updated_readme
 
 LENET = """
@@ -270,6 +271,24 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_published_as_one(
     trained = read_run(run)
     assert torch.equal(weights_of(trained), saved["state_dict_ema"]["conv1.weight"])
     assert trained.facts["top1"] == saved["metric"] != 12.5
+
+
+@pytest.mark.parametrize(
+    "error, is_turned",
+    [
+        (PermissionError(13, "Permission denied", "model.safetensors"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (ValueError("a shape is wrong"), False),
+        (RuntimeError("size mismatch"), False),
+        (KeyError("siblings"), False),
+    ],
+)
+def test_only_what_fails_at_the_hub_on_the_way_or_on_the_disk_is_put_in_words(error, is_turned):
+    wanted = UserError if is_turned else type(error)
+    with pytest.raises(wanted) as raised, hub_errors("push to", "alice/net"):
+        raise error
+    assert (raised.value is error) != is_turned
+    assert not is_turned or str(raised.value).startswith("cannot push to alice/net: ")
 
 
 def test_readmes_merge():

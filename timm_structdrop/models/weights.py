@@ -6,6 +6,7 @@ import argparse
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,10 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Everything in a checkpoint file (`.safetensors`, or what `torch.save` wrote), on the CPU.
 
+    With `mapped` tensors are left in the file until they are used, where its format allows it.
     Only tensors, plain Python values and the `argparse.Namespace` of timm's trainings are
     unpickled. Raises `UserError` naming the file when it is missing, truncated, not a checkpoint
     or holds anything else; `OSError` when it may not be read.
@@ -68,7 +70,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # torch warns about the pickle protocol of a foreign file before it gives up on it.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=mapped and zipfile.is_zipfile(path),
+            )
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
