@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, content = continue_run(flags, loop, checkpoint)
     if process.rank == 0:
         folder = output_folder(flags, checkpoint, data)
-        loop.saver = RunSaver(run, folder, flags.eval_metric == "loss", flags.checkpoint_hist)
+        loop.saver = RunSaver(run, folder, loop.ranking.decreasing, flags.checkpoint_hist)
         prepare_output(loop, folder, start, checkpoint, content)
         announce(loop, folder, start, data)
     pushes = hub_pushes(flags, loop)
@@ -345,22 +345,17 @@ def report(flags: argparse.Namespace, loop: Loop, results: list[dict[str, Any]])
     assert saver is not None
     if saver.best_metric is not None and saver.best_epoch is not None:
         _logger.info(
-            f"*** Best metric: {saver.best_metric:.4f} (epoch {saver.best_epoch + 1}/"
-            f"{loop.settings.epochs}, which summary.csv numbers {saver.best_epoch})"
+            f"*** Best metric: {saver.best_metric:.4f}, {loop.ranking.words} "
+            f"(epoch {saver.best_epoch + 1}/{loop.settings.epochs})"
         )
-    metric = flags.eval_metric
-
-    def figure(result: Mapping[str, Any]) -> float:
-        return result.get("validation", result["train"]).get(metric, 0.0)
-
-    best_last = sorted(results, key=figure, reverse=metric == "loss")
+    best_last = sorted(results, key=loop.ranking.sort_key)
     print(f"--result\n{json.dumps(best_last[-10:], indent=4)}", flush=True)
     best = saver.folder / "model_best.pth.tar"
-    _logger.info(f"Next: {shlex.join(validate_command(flags, best))}")
+    _logger.info(f"Next: {shlex.join(validate_command(flags, best, loop.measures_average))}")
 
 
-def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
-    """The command that evaluates what was trained."""
+def validate_command(flags: argparse.Namespace, checkpoint: Path, averaged: bool) -> list[str]:
+    """The command that evaluates what was trained, the averaged weights or the model's own."""
     command = ["python", "validate.py"]
     if flags.recipe:
         command += ["--recipe", flags.recipe]
@@ -370,7 +365,7 @@ def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
     folder = flags.data_dir or flags.data
     command += ["--data-dir", folder] if folder else []
     command += ["--checkpoint", str(checkpoint)]
-    return command + (["--use-ema"] if flags.model_ema else [])
+    return command + (["--use-ema"] if averaged else [])
 
 
 if __name__ == "__main__":
