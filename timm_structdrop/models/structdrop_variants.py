@@ -76,8 +76,8 @@ class Variant:
         chosen = self._chosen_cfg(pretrained, asked)
         # an export has its settings with it
         trained_with = {} if isinstance(asked, Mapping) else self._trained_with(chosen)
+        kwargs = {**trained_with, **kwargs}
         own = {key: kwargs.pop(key) for key in self.keywords() if key in kwargs}
-        own = {**trained_with, **own}
         own.setdefault("img_size", self.architecture.cfg["input_size"][-2:])
         if pretrained:
             overlay = kwargs.get("pretrained_cfg_overlay") or {}
