@@ -59,7 +59,16 @@ def guidance(x: Tensor, alpha: Tensor | None, guide: str) -> tuple[Tensor, Tenso
 
 
 def check_alpha(x: Tensor, alpha: Tensor | None, guide: str) -> None:
-    """Raise ValueError unless ``alpha`` is (B, C') where it is needed, for ``guide="cam"``."""
+    """That the weights are there where they are needed.
+
+    Args:
+        x: activations (B, C, H, W).
+        alpha: the classifier's weights (B, C').
+        guide: ``"cam"`` needs them.
+
+    Raises:
+        ValueError: ``alpha`` is needed and is not (B, C').
+    """
     if guide == "cam" and (alpha is None or alpha.ndim != 2 or alpha.shape[0] != x.shape[0]):
         received = None if alpha is None else tuple(alpha.shape)
         raise ValueError(
