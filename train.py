@@ -52,6 +52,7 @@ from timm_structdrop.training import (
     Loop,
     LoopSettings,
     Position,
+    Ranking,
     RunSaver,
     RunState,
     SummaryFile,
@@ -224,13 +225,22 @@ def prepare_output(
     checkpoint: Path | None,
     content: Mapping[str, Any],
 ) -> None:
-    """Make the folder with args.yaml and what summary.csv and the list of the best go on from."""
+    """Make the folder with args.yaml and what summary.csv and the list of the best go on from;
+    where another figure ranked the epochs before, the search for the best begins anew."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(loop.run.settings), default_flow_style=False)
     write_whole(folder / "args.yaml", lambda file: file.write(text.encode()))
     loop.summary = SummaryFile(folder / "summary.csv", start.epoch)
-    if checkpoint is not None and loop.saver is not None:
+    if checkpoint is not None and loop.saver is not None and ranking_of(content) == loop.ranking:
         loop.saver.restore(content, checkpoint)
+
+
+def ranking_of(content: Mapping[str, Any]) -> Ranking:
+    """What ranked the epochs of the run that saved a checkpoint, this package's or timm's."""
+    saved = content.get("args") or {}
+    flags = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    evaluated = bool(flags.get("val_split", "validation"))
+    return Ranking.of_run(flags.get("eval_metric", "top1"), evaluated)
 
 
 def hub_pushes(flags: argparse.Namespace, loop: Loop) -> RunPushes | None:

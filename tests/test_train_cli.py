@@ -125,6 +125,16 @@ def test_without_an_evaluation_the_lowest_training_loss_is_the_best(run, caplog,
     assert [result["epoch"] for result in results] == ranked[::-1]
 
 
+@pytest.mark.parametrize("flags, best", [((), 0), (("--val-split", ""), 1)])
+def test_figures_of_another_kind_do_not_rank_against_each_other(run, flags, best):
+    folder = run("--model", "lenet5", "--epochs", "1", "--eval-metric", "loss")
+    saved = torch.load(folder / "last.pth.tar", weights_only=True)
+    saved["saver"]["best_metric"] = 1e-9  # no loss to come is as low
+    torch.save(saved, folder / "last.pth.tar")
+    train.main(["--resume", str(folder), "--epochs", "2", *flags])
+    assert torch.load(folder / "model_best.pth.tar", weights_only=True)["epoch"] == best
+
+
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "flags, mode",

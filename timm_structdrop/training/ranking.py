@@ -46,7 +46,7 @@ class Ranking:
         Returns:
             None for an epoch that was not evaluated.
         """
-        return result.get(self.part, {}).get(self.metric)
+        return result[self.part][self.metric] if self.part in result else None
 
     def sort_key(self, result: Mapping[str, Any]) -> float:
         """Sorts results so that the best one is the last; those without a figure are the first."""

@@ -114,9 +114,10 @@ def starting_at(loader: Any, batch: int) -> Iterator[int]:
         How many batches are left out: ``batch``, or 0 where the loader has to read them (a stream,
         or a batch sampler other than torch's).
     """
-    batches = getattr(loader, "batch_sampler", None)
+    inner = getattr(loader, "loader", loader)
+    batches = getattr(inner, "batch_sampler", None)
     # torch gives a stream a batch sampler too, whose indices mean nothing
-    if type(batches) is not BatchSampler or isinstance(loader.dataset, IterableDataset):
+    if type(batches) is not BatchSampler or isinstance(inner.dataset, IterableDataset):
         yield 0
         return
     whole = batches.sampler
