@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropBlock2d
-from timm_structdrop.models.placement import PLACEMENTS
+from timm_structdrop.models.placement import where_in_words
 from timm_structdrop.models.structdrop_attached import attach
 
 __all__ = ["InferenceDrop", "dropblock_layers", "dropping", "with_dropblock"]
@@ -81,7 +81,7 @@ def with_dropblock(model: nn.Module, img_size: tuple[int, int]) -> str:
             f"{type(model).__name__} has neither: {error}"
         ) from error
     count = len(dropblock_layers(model))
-    where = PLACEMENTS["dropblock"].summary
+    where = where_in_words(model, "dropblock")
     return f"DropBlock layers attached at their default places ({count}): {where}"
 
 

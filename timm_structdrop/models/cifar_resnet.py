@@ -170,6 +170,7 @@ for _depth in (8, 20, 32, 44, 56, 110):
         summary=f"He et al.'s CIFAR ResNet-{_depth}: widths 16/32/64, parameter-free shortcuts",
         out_indices=(0, 1, 2, 3),
         placements={"camdrop": {"stages": (1, 2, 3), "block_size": 8}},
+        residual=True,
     )
 
 for _depth, _block, _layers in (
@@ -182,4 +183,5 @@ for _depth, _block, _layers in (
         partial(CifarStemResNet, block=_block, layers=_layers),
         cfg=small_cfg((4, 4), paper_ids="arXiv:1512.03385"),
         summary=f"ResNet-{_depth} with a 3x3 stride-1 stem and no max-pool",
+        residual=True,
     )
