@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from script import load_script
 
 import timm_structdrop.commands.inspect as inspect_command
 import timm_structdrop.hub.export as export
@@ -177,6 +178,42 @@ def test_inspect_takes_the_settings_of_a_training(checkpoint, tmp_path, capsys):
     assert "need 10 images; got 9" in text and "study.csv" not in names(tmp_path / "a")
     with pytest.raises(UserError, match="must fit the model lenet5_dropcluster"):
         main([*argv, "--num-classes", "3", "--output", str(tmp_path / "b")])
+
+
+def epsilons(model: torch.nn.Module) -> set[float]:
+    return {norm.eps for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
+
+
+def test_batch_norms_have_the_epsilon_of_the_training(tmp_path, capsys):
+    """Everywhere a run's checkpoint is read, and in what is exported and packaged from it."""
+    name, data = "efficientnet_b0_dropblock", ["--dataset", "digits", "--device", "cpu"]
+    run, bn = tmp_path / "run", ["--bn-eps", "0.25", "--bn-momentum", "0.5"]
+    size = ["--img-size", "32", "--in-chans", "1", "--num-classes", "10", "--workers", "0"]
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--train-fraction", "0.1"]
+    where = ["--output", str(tmp_path), "--experiment", "run"]
+    load_script("train").main(["--model", name, *data, *size, *short, *where, *bn])
+    validate = load_script("validate")
+    flags, checkpoint, decided = validate.parse_validate_flags(["--checkpoint", str(run)])
+    assert decided["bn_eps"] == 0.25
+    assert epsilons(validate.make_model(flags, checkpoint)) == {0.25}
+    given = ["--checkpoint", str(run), "--bn-eps", "0.125"]
+    flags, checkpoint, _ = validate.parse_validate_flags(given)
+    assert epsilons(validate.make_model(flags, checkpoint)) == {0.125}
+
+    assert epsilons(load_subject(command_args(["inspect", name, *given])).model) == {0.125}
+    subject = load_subject(command_args(["inspect", name, *given[:2]]))
+    assert epsilons(subject.model) == {0.25}
+
+    attached = ["--structdrop", "dropcluster:n_clusters=4"]
+    main(["fit", name, *given[:2], *attached, "--output", str(tmp_path / "fitted")])
+    exported = timm.create_model(f"local-dir:{tmp_path / 'fitted'}", pretrained=True)
+    assert epsilons(exported) == {0.25}
+    norms = [norm for norm in exported.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.5}
+
+    main(["package", str(run), "--output", str(tmp_path / "packaged")])
+    facts = json.loads((tmp_path / "packaged" / f"{name}.json").read_text())
+    assert facts["model_args"] == {"bn_momentum": 0.5, "bn_eps": 0.25}
 
 
 def test_inspect_of_an_unfitted_model_says_so(tmp_path, capsys):

@@ -7,13 +7,16 @@ import warnings
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from timm_structdrop.cluster import rena
+from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropCluster2d, drop_cluster_2d
 from timm_structdrop.layers.dropcluster import cluster_mask, resample_labels
 
@@ -182,6 +185,20 @@ def test_a_resumed_layer_counts_on():
     assert int(second.fitted_at) == 3
 
 
+def test_the_count_is_read_from_the_device_once():
+    """A fake GPU raises where the host would have to wait for a value."""
+    layer = DropCluster2d(4, (8, 8), n_clusters=5, fit_start_step=9)
+    layer(smooth_maps())
+    with FakeTensorMode():
+        for name, buffer in list(layer.named_buffers()):
+            layer.register_buffer(
+                name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda:0")
+            )
+        x = torch.empty(2, 4, 8, 8, device="cuda:0")
+        layer._checked_size = (8, 8)
+        assert layer(x).is_cuda
+
+
 def test_hopkins_criterion_masks_channels_without_structure():
     coarse = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     maps = nn.functional.interpolate(coarse, (16, 16), mode="bicubic", align_corners=True)
@@ -282,6 +299,19 @@ def test_a_forward_repeated_by_checkpointing_is_not_counted(use_reentrant):
     assert fits == [-1, 2, 2, 4, 4]
     layer(smooth_maps(seed=6))
     assert int(layer.fitted_at) == 6
+
+
+def test_maps_too_small_for_the_hopkins_criterion():
+    message = "must be at least 3x3 where criterion is 'hopkins'; got 8x2"
+    with pytest.raises(ValueError, match=message):
+        DropCluster2d(4, (8, 2), n_clusters=5, criterion="hopkins")
+    layer = DropCluster2d(4, (8, 8), n_clusters=5, criterion="hopkins")
+    for refused in (layer.fit, layer):
+        with pytest.raises(ValueError, match=message):
+            refused(torch.randn(2, 4, 8, 2))
+    settings = {"img_size": 8, "n_clusters": 4, "criterion": "hopkins"}
+    with pytest.raises(UserError, match=r"dropcluster: maps must be at least 3x3 .* got 2x2"):
+        timm.create_model("resnet18_cifar_dropcluster", **settings, modules=["layer3"])
 
 
 def test_wrong_activations():

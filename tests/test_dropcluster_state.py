@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from datetime import timedelta
 
 import pytest
 import timm
@@ -153,3 +154,38 @@ def test_state_is_identical_on_all_ranks(world, tmp_path):
         assert all(state == states[0] for state in states)
         assert states[0]["fitted_at"] == fitted_at
         assert len({weight for _, at, _, weight in found if at == step}) == 1
+
+
+def fail_on_the_first_rank(rank: int, rendezvous: str, results: mp.SimpleQueue) -> None:
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=20),
+    )
+    layer = DropCluster2d(4, (8, 8), n_clusters=5)
+    layer.request_fit(at=0)
+    if rank == 0:
+        layer._hopkins_structured = lambda *args: 1 / 0
+    try:
+        layer(torch.randn(6, 4, 8, 8))
+    except (ZeroDivisionError, RuntimeError) as error:
+        results.put((rank, f"{type(error).__name__}: {error}"))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_fit_that_fails_ends_all_ranks(tmp_path):
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.start_processes(
+        fail_on_the_first_rank,
+        (str(tmp_path / "rendezvous"), results),
+        nprocs=2,
+        start_method="spawn",
+    )
+    first, second = sorted(results.get() for _ in range(2))
+    assert first == (0, "ZeroDivisionError: division by zero")
+    assert second == (
+        1,
+        "RuntimeError: the clusters of all ranks are fitted on rank 0, where it failed",
+    )

@@ -382,6 +382,18 @@ def train_in_process(rank, store, folder):
     dist.destroy_process_group()
 
 
+class TwoEyes(nn.Module):
+    """The images go two ways from the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head((self.left(x) * self.right(x)).mean((2, 3)))
+
+
 class TestPlacement:
     @pytest.mark.parametrize(
         ("name", "settings", "fork", "layers"),
@@ -431,6 +443,45 @@ class TestPlacement:
         result["loss"].backward()
         assert result["output"].shape == (2, CLASSES)
         assert float(result["kl"]) > 0
+
+    @pytest.mark.parametrize(
+        ("make", "fork"),
+        [
+            (lambda: timm.create_model("hrnet_w18_small", num_classes=CLASSES), "conv1.fork"),
+            (lambda: TwoEyes(), "fork"),
+        ],
+        ids=["hrnet", "two eyes"],
+    )
+    def test_networks_whose_branches_pass_by_fork_at_their_input(self, make, fork):
+        torch.manual_seed(0)
+        model = make()
+        images, target = batch(2, 64)
+        keys, plain = list(model.state_dict()), model.eval()(images)
+        where = {"modules": ["left"]} if fork == "fork" else {}
+        attach(model, "rblock", img_size=64, drop_prob=0.5, **where)
+        assert list(model.state_dict()) == keys and fork_of(model) == fork
+        assert torch.equal(model(images), plain)
+
+        model = copy.deepcopy(model).double().train()
+        twin, images = copy.deepcopy(model), images.double()
+        expected, _ = concatenated_step(twin, images, target, seed=2)
+        expected.backward()
+        torch.manual_seed(2)
+        result = task_of(model)(images, target)
+        result["loss"].backward()
+        torch.testing.assert_close(result["loss"], expected, rtol=1e-6, atol=1e-7)
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6)
+        assert float(result["kl"]) > 0
+
+    def test_a_fork_at_the_input_is_compiled_in_one_graph(self):
+        torch._dynamo.reset()
+        model = attach(TwoEyes(), "rblock", modules=["left"], img_size=8, drop_prob=0.5)
+        task = task_of(model.train())
+        task.compile(backend=CompileCounterWithBackend("aot_eager"), fullgraph=True)
+        result = task(*batch(2, 8))
+        result["loss"].backward()
+        assert result["output"].shape == (2, CLASSES) and float(result["kl"]) > 0
 
     def test_features_only_in_eval(self):
         model = build("resnet18_rblock", features_only=True).eval()

@@ -224,6 +224,31 @@ def test_mistakes_around_a_good_checkpoint(run, argv, line):
     assert line.format(run=run / "model_best.pth.tar") in found
 
 
+@pytest.mark.parametrize(
+    ("argv", "size"), [([], 32), (["--img-size", "24"], 24), (["--in-chans", "3"], 32)]
+)
+def test_images_have_the_channels_of_pretrained_weights(capsys, caplog, argv, size):
+    caplog.set_level("INFO", "timm_structdrop")
+    result = result_of(capsys, "--model", "lenet5_dropcluster.digits", *DIGITS, *argv)
+    assert result["img_size"] == size and result["top1"] > 40
+    channels = 3 if "--in-chans" in argv else 1
+    assert f"of {channels} x {size} x {size} inputs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--in-chans", "2"], "must take the 1 channel of L images (--in-chans, --input-img-mode)"),
+        (["--in-chans", "4", "--dataset", "", "--data-dir", "."], "of L images"),
+        (["--in-chans", "3", "--input-img-mode", "L"], "1 channel of L images"),
+        (["--input-img-mode", "grey"], "must be a mode of PIL, such as L, RGB or RGBA; got 'grey'"),
+        (["--in-chans", "3", "--mean", "0.5", "0.5"], "--mean must be one value or 3; got 2"),
+    ],
+)
+def test_channels_that_the_images_do_not_have(argv, line):
+    assert line in line_of("--model", "lenet5_dropcluster.digits", *DIGITS, *argv)
+
+
 def test_no_averaged_weights_and_too_few_outputs(tmp_path):
     model = timm.create_model("lenet5", num_classes=3, in_chans=1)
     saved = {"arch": "lenet5", "state_dict": model.state_dict()}

@@ -111,9 +111,9 @@ def nearest_links(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forest in which every node with an edge points to its nearest neighbour.
 
-    Edges are compared by (weight, position in the list), a total order: the only cycles of the
-    nearest-neighbour graph are then pairs of mutual neighbours, whose smaller node becomes the
-    root.
+    Edges are compared by (weight as float32, position in the list), a total order: the only cycles
+    of the nearest-neighbour graph are then pairs of mutual neighbours, whose smaller node becomes
+    the root.
 
     Args:
         u: (E,) int64, one end of each edge, E in [1, 2^31).

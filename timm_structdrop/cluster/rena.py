@@ -35,8 +35,9 @@ def rena(activations: Tensor, n_clusters: int, max_rounds: int = 1000) -> ReNARe
     where P > n_clusters the channel is unstructured and its clusters are those components.
 
     The scale of a channel has no influence: it is normalised by a power of two, and distances
-    are computed in float32 (in float64 for float64 activations). Equal distances are told apart
-    by the position of the edge, so the result is deterministic, on CUDA too.
+    are computed in float32 (in float64 for float64 activations) and compared as float32. Those
+    that are equal then are told apart by the position of the edge, so the result is deterministic,
+    on CUDA too.
 
     Args:
         activations: (B, C, H, W), of any floating dtype and memory format.

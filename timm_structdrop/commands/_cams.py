@@ -25,6 +25,8 @@ OWN_SETTINGS: dict[str, Any] = {
     "model_kwargs": {},
     "structdrop": None,
     "drop_block": None,
+    "bn_momentum": None,
+    "bn_eps": None,
     "pretrained": False,
 }
 PRETRAINED = "pretrained"

@@ -162,15 +162,7 @@ def _with_training_flags(
 
 
 def _data_config(flags: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """timm's data config with the model's number of channels, where timm assumes three; mean and
-    deviation for another number of channels are averaged."""
-    size = flags.input_size or getattr(model, "pretrained_cfg", {}).get("input_size") or (3,)
-    channels = flags.in_chans or size[0]
-    data = input_settings(argparse.Namespace(**{**vars(flags), "in_chans": channels}), model)
-    data["input_size"] = (channels, *data["input_size"][1:])
-    for name in ("mean", "std"):
-        if len(data[name]) != channels:
-            data[name] = (sum(data[name]) / len(data[name]),) * channels
+    data = input_settings(flags, model)
     return {name: data[name] for name in DATA_CONFIG}
 
 

@@ -42,6 +42,7 @@ __all__ = ["add_flags", "run"]
 
 LIBRARIES = ("torch", "timm", "numpy", "scikit-learn")
 HOPKINS_IMAGES = 64
+BN_KEYS = ("bn_momentum", "bn_eps")  # flags that are settings of the model
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +110,7 @@ def model_facts(subject: Subject, trained: Mapping[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         pool_size = model.forward_features(subject.images[:1]).shape[-2:]
     given = dict(trained.get("model_kwargs") or {})
+    given |= {key: trained[key] for key in BN_KEYS if trained.get(key) is not None}
     facts = {
         "model": subject.name,
         "model_args": {key: value for key, value in given.items() if key != "img_size"},

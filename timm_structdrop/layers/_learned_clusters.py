@@ -22,6 +22,7 @@ from timm_structdrop.layers._check import check_choice, check_fraction, check_in
 
 __all__ = ["LearnedClusters", "resample_labels"]
 
+LEAST_SIDE = 3  # of maps whose Spatial Hopkins statistic is computed
 STATE = ("labels", "structured", "fitted_at", "fitted_size", "step")
 
 
@@ -51,8 +52,8 @@ class LearnedClusters(StructDropLayer):
     They live in persistent buffers of fixed shape and integer type, so whatever carries a
     state_dict carries them: ``labels`` (C, H, W) uint8, ``structured`` (C,) bool, ``fitted_at``
     (-1 = never), ``fitted_size`` (the map the clusters were found on), ``step`` (training forwards
-    seen). A state_dict without them loads strictly and leaves the layer unfitted; labels of another
-    resolution are resampled to this layer's.
+    seen, by a layer that counts them). A state_dict without them loads strictly and leaves the
+    layer unfitted; labels of another resolution are resampled to this layer's.
 
     Args:
         channels: C of the maps.
@@ -60,11 +61,12 @@ class LearnedClusters(StructDropLayer):
         drop_prob: rate in [0, 1).
         n_clusters: clusters per channel, in [2, min(256, H*W)].
         criterion: what makes a channel unstructured: ``"rena"`` (more than ``n_clusters`` clusters
-            found) or ``"hopkins"`` (also: mean Spatial Hopkins statistic below the threshold).
+            found) or ``"hopkins"`` (also: mean Spatial Hopkins statistic below the threshold; on
+            maps of at least 3x3).
         hopkins_threshold: in [0, 1].
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or the maps are too small for the criterion.
     """
 
     keeps_map_state = True
@@ -93,6 +95,7 @@ class LearnedClusters(StructDropLayer):
         )
         self.criterion = check_choice("criterion", criterion, ("rena", "hopkins"))
         self.hopkins_threshold = check_fraction("hopkins_threshold", hopkins_threshold, "[0, 1]")
+        self.check_size((height, width))
         self.last_fit: dict[str, Any] | None = None
         self.register_buffer("labels", torch.zeros(channels, height, width, dtype=torch.uint8))
         self.register_buffer("structured", torch.ones(channels, dtype=torch.bool))
@@ -104,6 +107,20 @@ class LearnedClusters(StructDropLayer):
     def is_fitted(self) -> bool:
         """Whether clusters have been found."""
         return int(self.fitted_at) >= 0
+
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Raise ValueError for maps of ``size`` = (H, W) on which the clusters cannot be found."""
+        height, width = size
+        if self.n_clusters > height * width:
+            raise ValueError(
+                f"n_clusters must be in [2, H*W = {height * width}] of the map; "
+                f"got {self.n_clusters} on a {height}x{width} map"
+            )
+        if self.criterion == "hopkins" and min(size) < LEAST_SIDE:
+            raise ValueError(
+                f"maps must be at least {LEAST_SIDE}x{LEAST_SIDE} where criterion is 'hopkins'; "
+                f"got {height}x{width}"
+            )
 
     @torch.no_grad()
     def fit(self, activations: Tensor, at: int = 0) -> ReNAResult | None:
@@ -121,13 +138,15 @@ class LearnedClusters(StructDropLayer):
             finite.
 
         Raises:
-            ValueError: the shape is not (B, C, H, W) with this layer's C, or H*W < n_clusters.
+            ValueError: the shape is not (B, C, H, W) with this layer's C, H*W < n_clusters, or the
+                criterion is ``"hopkins"`` and the maps are smaller than 3x3.
         """
         if activations.ndim != 4 or activations.shape[1] != self.labels.shape[0]:
             raise ValueError(
                 f"activations must be (B, C = {self.labels.shape[0]}, H, W); "
                 f"got {tuple(activations.shape)}"
             )
+        self.check_size(tuple(activations.shape[-2:]))
         started = time.perf_counter()
         try:
             result = rena(activations, self.n_clusters)
@@ -159,12 +178,26 @@ class LearnedClusters(StructDropLayer):
         Args:
             activations: this layer's input on this rank, (B, C, H, W).
             at: the time of the fit, an epoch or update index >= 0.
+
+        Raises:
+            ValueError: as :meth:`fit`, on rank 0.
+            RuntimeError: the fit has failed on rank 0, on all the others.
         """
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             self.fit(activations, at)
             return
+        error: Exception | None = None
         if dist.get_rank() == 0:
-            self.fit(activations, at)
+            try:
+                self.fit(activations, at)
+            except Exception as raised:  # whatever it is, the others are waiting
+                error = raised
+        failed = torch.tensor(int(error is not None), device=self.labels.device)
+        dist.broadcast(failed, src=0)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("the clusters of all ranks are fitted on rank 0, where it failed")
         structured = self.structured.to(torch.uint8)  # gloo has no bool
         for state in (self.labels, structured, self.fitted_at, self.fitted_size):
             dist.broadcast(state, src=0)

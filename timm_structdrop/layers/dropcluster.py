@@ -121,8 +121,9 @@ class DropCluster2d(LearnedClusters):
     which are zero from then on, in training and at inference.
 
     What is found is kept in buffers, see
-    :class:`~timm_structdrop.layers._learned_clusters.LearnedClusters`. A forward that gradient
-    checkpointing repeats is not counted again.
+    :class:`~timm_structdrop.layers._learned_clusters.LearnedClusters`. Only a layer with
+    ``fit_start_step`` counts its training forwards in ``step``, each once: those that gradient
+    checkpointing repeats do not count.
 
     Args:
         channels: C of the maps.
@@ -131,14 +132,18 @@ class DropCluster2d(LearnedClusters):
         n_clusters: clusters per channel, in [2, min(256, H*W)].
         rounding: ``"stochastic"`` or the paper's ``"floor"``, see :func:`cluster_mask`.
         criterion: what makes a channel unstructured: ``"rena"`` (more than ``n_clusters`` clusters
-            found) or ``"hopkins"`` (also: mean Spatial Hopkins statistic below the threshold).
+            found) or ``"hopkins"`` (also: mean Spatial Hopkins statistic below the threshold; on
+            maps of at least 3x3).
         hopkins_threshold: in [0, 1]; a channel without structure scores 0.5, or 0 if constant.
         fit_start_step: training forward (1, 2, ...) of the first fit in a loop that does not ask
-            for fits; None leaves fitting to the training task.
+            for fits; None leaves fitting to the training task. Counting is Python: under
+            ``torch.compile`` each training forward has a graph break in front of the layer, and
+            ``fullgraph=True`` needs None.
         fit_every_steps: training forwards between later fits; None fits once.
 
     Raises:
-        ValueError: a setting is out of range, or a map has fewer pixels than ``n_clusters``.
+        ValueError: a setting is out of range, or a map has fewer pixels than ``n_clusters`` or is
+            too small for the criterion.
     """
 
     def __init__(
@@ -165,6 +170,7 @@ class DropCluster2d(LearnedClusters):
         self.fit_start_step = fit_start_step
         self.fit_every_steps = fit_every_steps
         self._requested_at: int | None = None
+        self._n_steps: int | None = None  # `step`, once read: on a GPU each reading is a wait
         self._checked_size: tuple[int, ...] | None = None
 
     @classmethod
@@ -203,12 +209,13 @@ class DropCluster2d(LearnedClusters):
             return
         at, self._requested_at = self._requested_at, None
         if self.fit_start_step is not None:
+            self._n_steps = 1 + (int(self.step) if self._n_steps is None else self._n_steps)
             self.step.add_(1)
-            since = int(self.step) - self.fit_start_step
+            since = self._n_steps - self.fit_start_step
             if since == 0 or (
                 since > 0 and self.fit_every_steps and since % self.fit_every_steps == 0
             ):
-                at = int(self.step)
+                at = self._n_steps
         if at is not None:
             self.fit_on_all_ranks(x.detach(), at)
 
@@ -217,11 +224,7 @@ class DropCluster2d(LearnedClusters):
         size = tuple(x.shape[-2:])
         if size == self._checked_size:
             return
-        if self.n_clusters > size[0] * size[1]:
-            raise ValueError(
-                f"n_clusters must be in [2, H*W = {size[0] * size[1]}] of the map; "
-                f"got {self.n_clusters} on a {size[0]}x{size[1]} map"
-            )
+        self.check_size(size)
         self._checked_size = size
         fitted_size = tuple(self.fitted_size.tolist())
         if self.is_fitted and fitted_size != size:
@@ -234,3 +237,4 @@ class DropCluster2d(LearnedClusters):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._checked_size = None
+        self._n_steps = None

@@ -1,4 +1,4 @@
-"""Where the batch of an R-Block model forks: as late as branch and skip still agree on its size."""
+"""Where the batch of an R-Block model forks: as late as all branches still agree on its size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, in
     In residual networks with stages ``layer1``, ``layer2``, ... it is the entrance of the first
     regularized stage. Elsewhere it is the innermost place around the first layer, the layer itself
     first, from which a doubled batch reaches all layers and the output, found by running the
-    network in eval mode. Keys of the state_dict stay as they are.
+    network in eval mode. Where branches of the network pass by all of these, as in an HRNet, it is
+    the first module to run or, if images go elsewhere too, the model itself: then all of the model
+    runs on both halves. Keys of the state_dict stay as they are.
 
     Args:
         model: the model with its R-Block layers in place.
@@ -64,10 +66,10 @@ def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, in
         img_size: (H, W) for that forward pass.
 
     Raises:
-        UserError: there is no such place.
+        UserError: there is no such place: the model does not keep its images apart.
     """
     entrance = _stage_entrance(model, slots)
-    for path in [entrance] if entrance is not None else _around_first_layer(model, img_size):
+    for path in [entrance] if entrance is not None else _places(model, img_size):
         if path == entrance or _doubles_everything(model, path, img_size):
             register_notrace_module(Fork)
             module = model.get_submodule(path)
@@ -94,28 +96,31 @@ def _stage_entrance(model: nn.Module, slots: Sequence[Slot]) -> str | None:
     return path if isinstance(model.get_submodule(path), BasicBlock | Bottleneck) else None
 
 
-def _around_first_layer(model: nn.Module, img_size: tuple[int, int]) -> list[str]:
-    """The first R-Block layer to run and the modules around it, innermost first."""
+def _places(model: nn.Module, img_size: tuple[int, int]) -> list[str]:
+    """Where the fork may be, the latest first: at the first R-Block layer to run, at the modules
+    around it, innermost first, at the first module to run, and at the model."""
     ran: list[str] = []
+    layers: list[str] = []
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        ran.append(path)
+        (layers if isinstance(module, RBlock2d) else ran).append(path)
 
     handles = [
         module.register_forward_pre_hook(partial(note, path))
         for path, module in model.named_modules()
-        if isinstance(module, RBlock2d)
+        if path
     ]
     try:
         forward_zeros(model, img_size)
     finally:
         for handle in handles:
             handle.remove()
-    if not ran:
+    if not layers:
         return []
-    names = ran[0].split(".")
+    names = layers[0].split(".")
     around = (_first_called(model, ".".join(names[:n])) for n in range(len(names), 0, -1))
-    return list(dict.fromkeys(around))
+    at_input = (_first_called(model, path) for path in ran[:1])
+    return list(dict.fromkeys((*around, *at_input, "")))
 
 
 def _first_called(model: nn.Module, path: str) -> str:

@@ -6,14 +6,21 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import ImageMode
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import IterableDataset
 
 from timm_structdrop.data import create_dataset
 from timm_structdrop.errors import UserError, nearest
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.words import counted
 
-__all__ = ["build_dataset", "check_interpolation", "input_settings", "normalised_images"]
+__all__ = [
+    "build_dataset",
+    "check_interpolation",
+    "data_config",
+    "input_settings",
+    "normalised_images",
+]
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 
@@ -24,21 +31,48 @@ def input_settings(flags: argparse.Namespace, model: Any) -> dict[str, Any]:
     Raises:
         UserError: the mean, the deviation or the interpolation is not one that fits.
     """
-    channels = first_conv(model).in_channels
+    check_interpolation(flags.interpolation)
+    if flags.train_interpolation != "random":
+        check_interpolation(flags.train_interpolation)
+    return data_config(flags, model)
+
+
+def data_config(
+    flags: argparse.Namespace, model: Any, use_test_size: bool = False
+) -> dict[str, Any]:
+    """timm's data config with the model's channels, where timm takes three for granted.
+
+    Mean and deviation of a model for another number of channels are averaged.
+
+    Args:
+        flags: those that timm reads: ``input_size``, ``mean``, ...
+        model: made by ``timm.create_model``.
+        use_test_size: the size and the crop that timm tests the model with.
+
+    Raises:
+        UserError: the mean or the deviation of the flags does not fit the channels.
+    """
+    channels = _channels(flags, model)
     for name in ("mean", "std"):
         values = getattr(flags, name)
         if values is not None and len(values) not in (1, channels):
             raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
-    check_interpolation(flags.interpolation)
-    if flags.train_interpolation != "random":
-        check_interpolation(flags.train_interpolation)
-    settings = dict(vars(flags))
-    if not settings.get("input_size"):
-        # timm takes three channels for granted with --img-size, and the model's size otherwise
-        size = settings.get("img_size")
-        height, width = (size, size) if size else model.pretrained_cfg["input_size"][1:]
-        settings["input_size"] = (channels, height, width)
-    return resolve_data_config(settings, model=model)
+    settings = {**vars(flags), "in_chans": channels}
+    data: dict[str, Any] = resolve_data_config(settings, model=model, use_test_size=use_test_size)
+    data["input_size"] = (channels, *data["input_size"][1:])
+    for name in ("mean", "std"):
+        if len(data[name]) != channels:
+            data[name] = (sum(data[name]) / len(data[name]),) * channels
+    return data
+
+
+def _channels(flags: argparse.Namespace, model: Any) -> int:
+    """The channels of the model's images: those of the flags, of the arguments that the model was
+    made with, or of its cfg."""
+    if flags.input_size:
+        return int(flags.input_size[0])
+    made_with = getattr(model, "_model_args", {}).get("in_chans")
+    return int(flags.in_chans or made_with or model.pretrained_cfg["input_size"][0])
 
 
 def check_interpolation(name: str) -> None:
@@ -72,7 +106,25 @@ def normalised_images(flags: argparse.Namespace, data: Mapping[str, Any], split:
 
 
 def _image_mode(flags: argparse.Namespace, data: Mapping[str, Any]) -> str:
-    return flags.input_img_mode or ("RGB" if data["input_size"][0] == 3 else "L")
+    """The mode of the flags, else RGB for three channels and L for others.
+
+    Raises:
+        UserError: there is no such mode, or its channels are not the model's.
+    """
+    channels = data["input_size"][0]
+    mode: str = flags.input_img_mode or ("RGB" if channels == 3 else "L")
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError as error:
+        raise UserError(
+            f"--input-img-mode must be a mode of PIL, such as L, RGB or RGBA; got {mode!r}"
+        ) from error
+    if bands != channels:
+        raise UserError(
+            f"the model must take the {counted(bands, 'channel')} of {mode} images (--in-chans, "
+            f"--input-img-mode); got {channels}"
+        )
+    return mode
 
 
 def build_dataset(flags: argparse.Namespace, data: Mapping[str, Any], is_training: bool) -> Any:

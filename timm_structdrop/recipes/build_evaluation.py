@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from timm_structdrop.data import class_names
 from timm_structdrop.errors import UserError
 from timm_structdrop.evaluation import CorruptedDataset, accuracy_row
 from timm_structdrop.models.weights import Checkpoint
+from timm_structdrop.recipes import build_datasets
 from timm_structdrop.recipes.build_data import validation_batches
 from timm_structdrop.recipes.train_flags import train_parser
 from timm_structdrop.words import counted
@@ -88,14 +88,9 @@ def data_config(
     Raises:
         UserError: the mean or the deviation does not fit the channels.
     """
-    for name in ("mean", "std"):
-        values = getattr(flags, name)
-        channels = flags.input_size[0] if flags.input_size else flags.in_chans or 3
-        if values is not None and len(values) not in (1, channels):
-            raise UserError(f"--{name} must be one value or {channels}; got {len(values)}")
     trained_here = checkpoint is not None and bool(checkpoint.args)
     use_test_size = not (flags.use_train_size or trained_here)
-    return resolve_data_config(vars(flags), model=model, use_test_size=use_test_size)
+    return build_datasets.data_config(flags, model, use_test_size)
 
 
 def evaluation_batches(

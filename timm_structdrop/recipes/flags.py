@@ -135,6 +135,8 @@ def add_settings_flags(add: Callable[..., argparse.Action]) -> None:
         metavar="NAME:KEY=VALUE,...",
         help="attach a regularizer to the model; may be repeated",
     )
+    add("--bn-momentum", type=float, metavar="M", help="momentum of batch norms that take it")
+    add("--bn-eps", type=float, metavar="EPS", help="epsilon of batch norms that take it")
 
 
 def add_drop_block_flag(add: Callable[..., argparse.Action]) -> None:

@@ -57,8 +57,6 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--grad-accum-steps", type=at_least(1), default=1, metavar="N", help="batches per update")
     add("--grad-checkpointing", action=SWITCH, default=False, help="recompute, to save memory")
-    add("--bn-momentum", type=float, metavar="M", help="momentum of batch norms that take it")
-    add("--bn-eps", type=float, metavar="EPS", help="epsilon of batch norms that take it")
     add = parser.add_argument_group("Averaged weights").add_argument
     add("--model-ema", action=SWITCH, default=False, help="keep them, and evaluate them too")
     add(

@@ -22,8 +22,10 @@ def with_tag_settings(flags: argparse.Namespace) -> argparse.Namespace:
         return flags
     data = facts["data"]
     said = vars(flags).copy()
-    said["model_kwargs"] = {**facts["model_args"], **flags.model_kwargs}
+    args = dict(facts["model_args"])
     usual = {"num_classes": facts["num_classes"]}
+    usual |= {key: args.pop(key) for key in ("bn_momentum", "bn_eps") if key in args}
+    said["model_kwargs"] = {**args, **flags.model_kwargs}
     if not flags.input_size:
         usual |= {"in_chans": data["input_size"][0], "img_size": data["input_size"][-1]}
     channels = flags.input_size[0] if flags.input_size else flags.in_chans

@@ -38,7 +38,7 @@ INPUT_KEYS = (
     "dataset",
     "class_map",
 )
-ARCHITECTURE_KEYS = ("model", "gp", "model_kwargs", "structdrop")
+ARCHITECTURE_KEYS = ("model", "gp", "model_kwargs", "structdrop", "bn_momentum", "bn_eps")
 
 
 def validate_parser() -> FlagParser:
