@@ -19,7 +19,7 @@ from timm_structdrop.hub.model_stats import (
 from timm_structdrop.hub.usage import Usage
 from timm_structdrop.layers import regularizers
 from timm_structdrop.models.modes import eval_mode
-from timm_structdrop.models.placement import PLACEMENTS
+from timm_structdrop.models.placement import where_in_words
 from timm_structdrop.models.structdrop_variants import variants
 
 __all__ = ["card_text"]
@@ -44,7 +44,7 @@ def card_text(
         "## Model details",
         details(model, stats, uses, license, facts),
         *usage(model, stats, repo_id, facts),
-        *(section for use in uses for section in regularizer(use, facts)),
+        *(section for use in uses for section in regularizer(model, use, facts)),
         *training(facts),
         *evaluation(facts),
         "## Intended use and limits",
@@ -136,14 +136,14 @@ def usage(
     ]
 
 
-def regularizer(use: RegularizerUse, facts: Mapping[str, Any]) -> list[str]:
+def regularizer(model: nn.Module, use: RegularizerUse, facts: Mapping[str, Any]) -> list[str]:
     """The regularizer's own section: where it sits, its settings, what it has learned."""
     paths = list(use.layers)
     shown = ", ".join(f"`{path}`" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
     layers = f"{len(paths)} layers ({shown})" if len(paths) > 1 else f"one layer ({shown})"
-    placement = PLACEMENTS.get(use.name)
+    where = where_in_words(model, use.name)
     line = f"In short: {regularizers[use.name].summary}. Here it is {layers}"
-    line += f"; its usual place: {placement.summary}." if placement else "."
+    line += f": {where}." if where else "."
     rate = facts.get("drop_prob")
     rows = [("rate in training", [rate])] if rate is not None else []
     rows += [(f"`{key}`", values) for key, values in use.settings.items() if values != [None]]
