@@ -129,7 +129,7 @@ def test_bdropdml_by_either_equation_with_seeds_in_both_places(seeds, size, bloc
     out = r_block_2d(x, p, "bdropdml", block_size, gamma, forked=True, seeds=seeds)
     torch.testing.assert_close(out, expected_output(x, first, second))
     layer = RBlock2d(p, "bdropdml", block_size, gamma, seeds)
-    layer.forked = True
+    layer.begin_step(Step(forked=True))
     torch.manual_seed(4)
     assert torch.equal(layer(x), out)
 
@@ -298,7 +298,7 @@ def test_the_rate_of_a_compiled_mask_is_that_of_an_eager_one(sub_models):
 class TestFork:
     def test_it_repeats_the_batch_in_training_while_asked(self):
         fork, x = Fork(), torch.randn(3, 2, 4, 5, requires_grad=True)
-        fork.forked = True
+        fork.begin_step(Step(forked=True))
         out = fork(x)
         assert torch.equal(out, torch.cat([x, x]))
         out.backward(torch.ones_like(out))
@@ -317,7 +317,7 @@ class TestFork:
 
     def test_it_keeps_channels_last(self):
         fork = Fork()
-        fork.forked = True
+        fork.begin_step(Step(forked=True))
         out = fork(torch.randn(2, 4, 5, 3).contiguous(memory_format=torch.channels_last))
         assert out.is_contiguous(memory_format=torch.channels_last)
 

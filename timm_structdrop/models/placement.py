@@ -63,9 +63,8 @@ class Placement:
     @property
     def summary(self) -> str:
         """The rule in words, whatever the network."""
-        n = self.last_stages
-        of = f" of the last {'two groups' if n == 2 else f'{n} groups'}" if n > 1 else ""
-        of = " of the last group" if n == 1 else of
+        known = {0: "", 1: " of the last group", 2: " of the last two groups"}
+        of = known.get(self.last_stages, f" of the last {self.last_stages} groups")
         early = f"{self.early_words} in all but the last group" if self.early else ""
         return ", ".join(filter(None, (kinds_in_words(self.where) + of, early, self.note)))
 

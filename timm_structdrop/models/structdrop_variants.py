@@ -125,7 +125,7 @@ class Variant:
         change = self.architecture.placements.get(self.regularizer, {})
         usual = PLACEMENTS[self.regularizer]
         if callable(change):
-            return "at places of its own"
+            return f"where {change.__module__.rpartition('.')[2]}.{change.__name__} puts it"
         if "stages" in change:
             usual = replace(usual, last_stages=0)
             return f"{usual.summary} of {groups_in_words(change['stages'])}"
