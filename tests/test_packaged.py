@@ -334,13 +334,13 @@ def test_flags_say_what_the_tag_decides(words, expected):
     assert (flags.num_classes == 10) == (expected != (None, None))
 
 
-<<<<<<< HEAD
 def test_images_that_had_no_say_in_the_choice_are_not_said_to_have_had_one():
     by_loss = circumstances({"epochs": 3, "val_split": ""}, "a machine")
     assert by_loss["selection"] is None and by_loss["split"] == "validation"
     usual = circumstances({"epochs": 3, "val_split": "test"}, "a machine")
     assert usual["selection"] == "the best of 3 epochs by top-1 on these images"
-=======
+
+
 def test_batch_norm_settings_of_a_tag_are_flags_of_their_own(monkeypatch):
     facts = {**packaged()["resnet20_dropblock"], "model_args": {"bn_eps": 0.25, "block_size": 3}}
     monkeypatch.setattr(tag_settings, "packaged", lambda: {"efficientnet_b0_dropblock": facts})
@@ -355,4 +355,3 @@ def test_batch_norm_settings_of_a_tag_are_flags_of_their_own(monkeypatch):
     model = variant.build(bn_eps=0.125)
     assert model.bn1.eps == 0.125 and variant.build().bn1.eps == 0.25
     assert {layer.block_size for layer in structdrop_layers(model)} == {3}
->>>>>>> helper-b
