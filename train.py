@@ -52,6 +52,7 @@ from timm_structdrop.training import (
     Loop,
     LoopSettings,
     Position,
+    Ranking,
     RunSaver,
     RunState,
     SummaryFile,
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, content = continue_run(flags, loop, checkpoint)
     if process.rank == 0:
         folder = output_folder(flags, checkpoint, data)
-        loop.saver = RunSaver(run, folder, flags.eval_metric == "loss", flags.checkpoint_hist)
+        loop.saver = RunSaver(run, folder, loop.ranking.decreasing, flags.checkpoint_hist)
         prepare_output(loop, folder, start, checkpoint, content)
         announce(loop, folder, start, data)
     pushes = hub_pushes(flags, loop)
@@ -224,13 +225,22 @@ def prepare_output(
     checkpoint: Path | None,
     content: Mapping[str, Any],
 ) -> None:
-    """Make the folder with args.yaml and what summary.csv and the list of the best go on from."""
+    """Make the folder with args.yaml and what summary.csv and the list of the best go on from;
+    where another figure ranked the epochs before, the search for the best begins anew."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(loop.run.settings), default_flow_style=False)
     write_whole(folder / "args.yaml", lambda file: file.write(text.encode()))
     loop.summary = SummaryFile(folder / "summary.csv", start.epoch)
-    if checkpoint is not None and loop.saver is not None:
+    if checkpoint is not None and loop.saver is not None and ranking_of(content) == loop.ranking:
         loop.saver.restore(content, checkpoint)
+
+
+def ranking_of(content: Mapping[str, Any]) -> Ranking:
+    """What ranked the epochs of the run that saved a checkpoint, this package's or timm's."""
+    saved = content.get("args") or {}
+    flags = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    evaluated = bool(flags.get("val_split", "validation"))
+    return Ranking.of_run(flags.get("eval_metric", "top1"), evaluated)
 
 
 def hub_pushes(flags: argparse.Namespace, loop: Loop) -> RunPushes | None:
@@ -345,22 +355,17 @@ def report(flags: argparse.Namespace, loop: Loop, results: list[dict[str, Any]])
     assert saver is not None
     if saver.best_metric is not None and saver.best_epoch is not None:
         _logger.info(
-            f"*** Best metric: {saver.best_metric:.4f} (epoch {saver.best_epoch + 1}/"
-            f"{loop.settings.epochs}, which summary.csv numbers {saver.best_epoch})"
+            f"*** Best metric: {saver.best_metric:.4f}, {loop.ranking.words} "
+            f"(epoch {saver.best_epoch + 1}/{loop.settings.epochs})"
         )
-    metric = flags.eval_metric
-
-    def figure(result: Mapping[str, Any]) -> float:
-        return result.get("validation", result["train"]).get(metric, 0.0)
-
-    best_last = sorted(results, key=figure, reverse=metric == "loss")
+    best_last = sorted(results, key=loop.ranking.sort_key)
     print(f"--result\n{json.dumps(best_last[-10:], indent=4)}", flush=True)
     best = saver.folder / "model_best.pth.tar"
-    _logger.info(f"Next: {shlex.join(validate_command(flags, best))}")
+    _logger.info(f"Next: {shlex.join(validate_command(flags, best, loop.measures_average))}")
 
 
-def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
-    """The command that evaluates what was trained."""
+def validate_command(flags: argparse.Namespace, checkpoint: Path, averaged: bool) -> list[str]:
+    """The command that evaluates what was trained, the averaged weights or the model's own."""
     command = ["python", "validate.py"]
     if flags.recipe:
         command += ["--recipe", flags.recipe]
@@ -370,7 +375,7 @@ def validate_command(flags: argparse.Namespace, checkpoint: Path) -> list[str]:
     folder = flags.data_dir or flags.data
     command += ["--data-dir", folder] if folder else []
     command += ["--checkpoint", str(checkpoint)]
-    return command + (["--use-ema"] if flags.model_ema else [])
+    return command + (["--use-ema"] if averaged else [])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from timm_structdrop.models.placement import structdrop_layers
 
 TITLE = "A training step with each regularizer"
 AGAIN = "a second plain model"
+PREDICTED = "camdrop, predicted classes"
 # Architecture: shape of the images, the same in --quick, classes and rounds.
 CASES = {
     "resnet50": ((8, 3, 224, 224), (4, 3, 64, 64), 1000, 5),
@@ -36,9 +37,16 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 def architecture_rows(architecture: str, settings: Settings) -> list[dict[str, Any]]:
     full, quick, classes, rounds = CASES[architecture]
     shape = settings.pick(full, quick)
-    models = {name: f"{architecture}_{name}" for name in regularizers} | {AGAIN: architecture}
+    models = {name: f"{architecture}_{name}" for name in regularizers}
+    models |= {PREDICTED: f"{architecture}_camdrop", AGAIN: architecture}
     steps = {
-        name: make_step(model, shape, settings.device, num_classes=classes)
+        name: make_step(
+            model,
+            shape,
+            settings.device,
+            num_classes=classes,
+            **({"guide": "predicted"} if name == PREDICTED else {}),
+        )
         for name, model in {"plain": architecture, **models}.items()
     }
     times = paired(steps, settings.rounds(rounds), warm_up=1, device=settings.device)

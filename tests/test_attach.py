@@ -16,7 +16,7 @@ from timm_structdrop import attach, restore, set_drop_prob
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropBlock2d, DropCluster2d
 from timm_structdrop.models.placement import paper_schedule, structdrop_layers
-from timm_structdrop.training.rblock import forked
+from timm_structdrop.training.steps import tell_step
 
 # one small model of each family, and a size that gives every stage a map of several pixels
 FAMILIES = {
@@ -248,7 +248,7 @@ def test_layers_at_the_head_survive_another_number_of_classes(name):
         model.reset_classifier(num_classes)
         assert {id(layer) for layer in structdrop_layers(model)} == set(map(id, layers))
         ran.clear()
-        with forked(model.train()):
+        with tell_step(model.train(), forked=True):
             out = model(x)
         assert sorted(map(id, ran)) == sorted(map(id, layers))
         assert len(out) == 8

@@ -94,7 +94,11 @@ def test_each_benchmark_measures_and_says_what_it_found(tiny, name):
     text = "\n".join([module.headline(rows), *_page.section(module, rows)])
     assert text.count("\n## ") == 1 and re.search(r"\d", module.headline(rows))
     if name == "steps":
-        assert [row["regularizer"] for row in rows] == [*regularizers, steps.AGAIN]
+        assert [row["regularizer"] for row in rows] == [
+            *regularizers,
+            steps.PREDICTED,
+            steps.AGAIN,
+        ]
         assert all(f"| {regularizer} " in text for regularizer in regularizers)
         assert all((row["layers"] > 0) == (row["regularizer"] != steps.AGAIN) for row in rows)
     if name == "growth":

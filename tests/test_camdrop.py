@@ -11,9 +11,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from timm_structdrop.layers import CamDrop2d, cam_drop_2d
+from timm_structdrop.layers import CamDrop2d, Step, cam_drop_2d
 from timm_structdrop.layers._blocks import clamp_block
-from timm_structdrop.layers._guide import candidate_pixels, compress, dominant_channels, guidance
+from timm_structdrop.layers._guide import (
+    candidate_pixels,
+    compress,
+    dominant_channels,
+    guidance,
+    how_many_pixels,
+)
 from timm_structdrop.layers._rate import paper_rate
 from timm_structdrop.layers.dropblock import drop_dense_blocks
 
@@ -30,6 +36,9 @@ MAPS = [
     ((6, 5), 1),
 ]
 maps = pytest.mark.parametrize(("size", "block_size"), MAPS)
+
+# Eqs. (4) to (9) to the letter; the default is the authors' reading
+LETTER = {"rank": "valid", "seed_rate": "candidates"}
 
 
 def compress_loop(alpha, channels):
@@ -97,7 +106,7 @@ SETTINGS = [
         ("cam", "dominant", 0.5, 5, "all"),
         ("cam", "all", None, None, "valid"),
         ("cam", "all", None, 10**6, "all"),
-        ("avg", "dominant", 1.0, 3, "valid"),
+        ("avg", "dominant", 0.9, 3, "valid"),
         ("avg", "dominant", 99, None, "all"),
     ]
 ]
@@ -130,7 +139,8 @@ def test_seeds_grow_blocks_and_samples_are_normalised(size, block_size, rank, ra
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     block = clamp_block(block_size, size)
     weights, intensity = guidance(x.detach(), alpha, "cam")
-    pixels, n = candidate_pixels(intensity, block, None, rank)
+    n = how_many_pixels(size, block, None, rank)
+    pixels = candidate_pixels(intensity, block, n, rank)
     chosen = weights.topk(2, dim=1, sorted=False).indices
     grid_width = size[1] if rank == "all" else size[1] - block[1] + 1
     shift = (0, 0) if rank == "all" else ((block[0] - 1) // 2, (block[1] - 1) // 2)
@@ -145,7 +155,7 @@ def test_seeds_grow_blocks_and_samples_are_normalised(size, block_size, rank, ra
             and (block[1] - 1) // 2 <= j < size[1] - block[1] // 2
         ):
             seeds.append((b, int(chosen[b, k]), i, j))
-    out = cam_drop_2d(x, alpha, rate, block_size, rank=rank)
+    out = cam_drop_2d(x, alpha, rate, block_size, rank=rank, seed_rate="candidates")
     expected = blocks_loop(x, seeds, block_size)
     torch.testing.assert_close(out, expected)
     direction = torch.randn_like(x)
@@ -163,7 +173,14 @@ def test_with_all_seeds_and_all_channels_it_is_dropblock(size, block_size):
     for seed_rate in ("candidates", "dropblock"):
         torch.manual_seed(1)
         out = cam_drop_2d(
-            x, alpha, 0.3, block_size, channels="all", n_pixels=10**6, seed_rate=seed_rate
+            x,
+            alpha,
+            0.3,
+            block_size,
+            channels="all",
+            n_pixels=10**6,
+            rank="valid",
+            seed_rate=seed_rate,
         )
         torch.manual_seed(1)
         expected = drop_dense_blocks(x, clamp_block(block_size, size), rate)
@@ -199,7 +216,7 @@ def test_how_often_a_candidate_seeds(seed_rate, p):
     torch.manual_seed(0)
     batch, channels = 500, 64
     x, alpha = torch.randn(batch, channels, 14, 14), torch.randn(batch, channels)
-    out = cam_drop_2d(x, alpha, p, 7, seed_rate=seed_rate)
+    out = cam_drop_2d(x, alpha, p, 7, rank="valid", seed_rate=seed_rate)
     touched = (out == 0).any(-1).any(-1)
     assert int(touched.sum(1).max()) <= 8  # n' = 64 / 8
     rate = p if seed_rate == "candidates" else p * 14 * 14 / (7 * 7 * 8 * 8)
@@ -217,7 +234,7 @@ def test_pairs_of_a_pixel_and_a_channel_are_drawn_independently():
     )
     draws, p = 4000, 0.05
     out = cam_drop_2d(
-        x.expand(draws, -1, -1, -1), alpha.expand(draws, -1), p, block_size=1, n_pixels=5
+        x.expand(draws, -1, -1, -1), alpha.expand(draws, -1), p, block_size=1, n_pixels=5, **LETTER
     )
     dropped = (out == 0).float()
     often = dropped.mean(0)
@@ -233,13 +250,13 @@ def test_pairs_of_a_pixel_and_a_channel_are_drawn_independently():
     assert float(correlation.abs().max()) < 5.5 / math.sqrt(draws)
 
 
-def test_the_literal_rank_drops_nothing_where_the_best_pixels_hold_no_block():
+def test_the_rank_of_all_pixels_drops_nothing_where_the_best_pixels_hold_no_block():
     x = torch.zeros(2, 8, 7, 7)
     x[:, :, 0, 0] = 1.0
     x += 0.01
     alpha = torch.ones(2, 8)
-    assert torch.equal(cam_drop_2d(x, alpha, 0.9, 3, n_pixels=1, rank="all"), x)
-    assert (cam_drop_2d(x, alpha, 0.9, 3, n_pixels=1) == 0).any()
+    assert torch.equal(cam_drop_2d(x, alpha, 0.9, 3, n_pixels=1), x)
+    assert (cam_drop_2d(x, alpha, 0.9, 3, n_pixels=1, **LETTER) == 0).any()
 
 
 def test_the_dropped_block_is_where_the_class_is_seen():
@@ -247,7 +264,8 @@ def test_the_dropped_block_is_where_the_class_is_seen():
     x[0, 5, 6, 2] = 4.0  # rows 5-7, columns 1-3 with a block of 3
     alpha = torch.zeros(1, 8)
     alpha[0, 5] = 1.0
-    out = cam_drop_2d(x, alpha, 0.99, 3, n_pixels=1)  # the rate is 0.99 * 9 > 1
+    # the rate is 0.99 * 9 > 1
+    out = cam_drop_2d(x, alpha, 0.99, 3, n_pixels=1, seed_rate="candidates")
     assert (out == 0).nonzero().tolist() == [[0, 5, i, j] for i in (5, 6, 7) for j in (1, 2, 3)]
 
 
@@ -269,14 +287,14 @@ def test_compress_is_equation_7(features, channels):
 
 
 def test_how_many_channels_are_dominant():
-    counts = [dominant_channels(64, n) for n in (None, 1 / 16, 1 / 4, 1 / 2, 1.0, 1, 5, 100)]
-    assert counts == [8, 4, 16, 32, 64, 1, 5, 64]
+    counts = [dominant_channels(64, n) for n in (None, 1 / 16, 1 / 4, 1 / 2, 1, 5, 100)]
+    assert counts == [8, 4, 16, 32, 1, 5, 64]
     assert [dominant_channels(3, n) for n in (None, 0.1, 1, 7)] == [1, 1, 1, 3]
 
 
 def test_a_sample_that_loses_everything_is_zero_and_not_nan():
     x = torch.ones(2, 3, 4, 4, dtype=torch.float16)
-    out = cam_drop_2d(x, torch.ones(2, 3), 0.99, 4, channels="all", seed_rate="candidates")
+    out = cam_drop_2d(x, torch.ones(2, 3), 0.99, 4, channels="all", **LETTER)
     assert torch.isfinite(out).all()
     assert (out == 0).any()
 
@@ -334,7 +352,7 @@ def test_compiled_it_drops_what_it_drops_in_eager_mode(settings):
     x, alpha = sample((9, 6))
     x.requires_grad_()
     layer = CamDrop2d(0.4, block_size=3, **settings)
-    layer.set_cam(alpha)
+    layer.begin_step(Step(alpha=alpha))
     results = []
     for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(1)
@@ -352,9 +370,9 @@ def test_a_compiled_step_is_not_compiled_again_for_another_rate_or_target():
     for step in range(6):
         x, alpha = sample((9, 6), seed=step)
         layer.scale_drop_prob(step / 5)
-        layer.set_cam(alpha)
+        layer.begin_step(Step(alpha=alpha))
         compiled(x)
-        layer.set_cam(None)
+        layer.begin_step(None)
     assert counter.frame_count == 1
 
 
@@ -364,7 +382,7 @@ def test_without_a_target_averages_guide():
     outs = []
     for guide, cam in (("cam", None), ("avg", None), ("avg", alpha), ("cam", alpha)):
         layer = CamDrop2d(0.5, guide=guide)
-        layer.set_cam(cam)
+        layer.begin_step(Step(alpha=cam))
         torch.manual_seed(1)
         outs.append(layer(x))
     assert torch.equal(outs[0], outs[1])
@@ -384,46 +402,39 @@ def test_a_missing_target_is_told_once_and_only_where_it_is_missed():
         CamDrop2d(0.5).eval()(x)
         CamDrop2d(0.0)(x)
         layer = CamDrop2d(0.5)
-        layer.set_cam(alpha)
+        layer.begin_step(Step(alpha=alpha))
         layer(x)
 
 
-def test_which_layers_need_a_target():
-    assert CamDrop2d.needs_target
-    assert CamDrop2d().needs_target
-    assert not CamDrop2d(guide="avg").needs_target
+def test_what_a_layer_needs_to_be_told():
+    needed = {guide: CamDrop2d(guide=guide).needs_classes for guide in ("cam", "predicted", "avg")}
+    assert needed == {"cam": "target", "predicted": "prediction", "avg": None}
 
 
 def test_copies_do_not_hold_the_target_of_a_batch():
     _, alpha = sample((7, 7))
     layer = CamDrop2d(0.5, n_channels=0.25)
-    layer.set_cam(alpha)
+    layer.begin_step(Step(alpha=alpha))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin.cam is None
+        assert twin.current_step().alpha is None
         assert twin.settings() == layer.settings()
-    assert layer.cam is not None
+    assert layer.current_step().alpha is not None
     assert json.loads(json.dumps(layer.settings())) == layer.settings()
-
-
-def test_the_target_is_held_without_its_graph():
-    weight = torch.randn(10, 40, requires_grad=True)
-    layer = CamDrop2d()
-    layer.set_cam(weight[:3] * 2)
-    assert not layer.cam.requires_grad
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"block_size": 0}, "block_size must be an integer of at least 1; got 0"),
-        ({"guide": "grad"}, "guide must be 'cam' or 'avg'; got 'grad'"),
+        ({"guide": "grad"}, "guide must be 'cam' or ('predicted' or )?'avg'; got 'grad'"),
         ({"channels": "some"}, "channels must be 'dominant' or 'all'; got 'some'"),
         ({"rank": "best"}, "rank must be 'valid' or 'all'; got 'best'"),
         ({"seed_rate": "exact"}, "seed_rate must be 'candidates' or 'dropblock'; got 'exact'"),
-        ({"n_channels": 0}, r"n_channels must be .* \(0, 1\] or None; got 0"),
-        ({"n_channels": 1.5}, r"n_channels must be .* \(0, 1\] or None; got 1.5"),
-        ({"n_channels": math.nan}, r"n_channels must be .* \(0, 1\] or None; got nan"),
-        ({"n_channels": "few"}, r"n_channels must be .* \(0, 1\] or None; got 'few'"),
+        ({"n_channels": 0}, r"n_channels must be .* \(0, 1\) or None .*; got 0"),
+        ({"n_channels": 1.0}, r"or None \(all of them are channels='all'\); got 1.0"),
+        ({"n_channels": 1.5}, r"n_channels must be .* \(0, 1\) or None .*; got 1.5"),
+        ({"n_channels": math.nan}, r"n_channels must be .* \(0, 1\) or None .*; got nan"),
+        ({"n_channels": "few"}, r"n_channels must be .* \(0, 1\) or None .*; got 'few'"),
         ({"n_pixels": 0}, "n_pixels must be an integer of at least 1 or None; got 0"),
         ({"n_pixels": "few"}, "n_pixels must be an integer of at least 1 or None; got 'few'"),
         ({"drop_prob": 1.0}, r"drop_prob must be in \[0, 1\); got 1.0"),

@@ -16,10 +16,10 @@ from torch._dynamo.testing import CompileCounter
 import timm_structdrop  # noqa: F401  registers the models
 from timm_structdrop import attach
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import CamDrop2d
+from timm_structdrop.layers import CamDrop2d, Step, StructDropLayer
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training import DropSchedule, StructDropTask
-from timm_structdrop.training.targets import classifier_weight, target_weights
+from timm_structdrop.training.steps import classifier_weight, predicted_classes, target_weights
 
 CLASSES = 5
 
@@ -27,9 +27,8 @@ CLASSES = 5
 def build(seed=0, **settings):
     """A model with CamDrop, one batch, and a list that collects what each layer sees."""
     torch.manual_seed(seed)
-    model = timm.create_model(
-        "resnet8_camdrop", num_classes=CLASSES, **{"keep_prob": 0.6, **settings}
-    )
+    often = {"keep_prob": 0.6, "rank": "valid", "seed_rate": "candidates"}
+    model = timm.create_model("resnet8_camdrop", num_classes=CLASSES, **{**often, **settings})
     nn.init.normal_(model.fc.weight)
     images, target = torch.randn(4, 3, 16, 16), torch.randint(0, CLASSES, (4,))
     return model.train(), images, target, watch(model)
@@ -38,12 +37,12 @@ def build(seed=0, **settings):
 def watch(model):
     seen = []
     for layer in structdrop_layers(model):
-        layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.cam))
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.current_step().alpha))
     return seen
 
 
 def is_forgotten(model):
-    return all(layer.cam is None for layer in structdrop_layers(model))
+    return all(layer.current_step() == Step() for layer in structdrop_layers(model))
 
 
 def gradients(model):
@@ -223,7 +222,7 @@ def test_compiled_without_a_target_it_warns_once_in_one_graph():
     ours = [warning for warning in found if warning.category is UserWarning]
     assert len(ours) == counter.frame_count == 1
     layer = CamDrop2d(0.3, 3).train()
-    layer.set_cam(torch.randn(2, 8))
+    layer.begin_step(Step(alpha=torch.randn(2, 8)))
     torch.compile(layer, backend=counter, fullgraph=True)(torch.randn(2, 8, 6, 6))  # silent
 
 
@@ -358,4 +357,194 @@ def test_targets_that_do_not_fit(target, message):
     model, images, _, _ = build()
     with pytest.raises(UserError, match=message):
         StructDropTask(model)(images, target)
+    assert is_forgotten(model)
+
+
+class TestPredicted:
+    """guide="predicted": the row of the class that the network predicts, not of the target."""
+
+    def test_the_row_is_that_of_the_class_predicted_in_eval_mode(self):
+        model, images, target, seen = build(guide="predicted")
+        model.eval()
+        rows = model.fc.weight.detach()[model(images).argmax(1)]
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.train()
+        seen.clear()
+        classes = predicted_classes(model, images)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert torch.equal(model.fc.weight.detach()[classes], rows)
+        assert model.training and all(module.training for module in model.modules())
+        seen.clear()
+        StructDropTask(model)(images, target)
+        told = [alpha for alpha in seen if alpha is not None]  # none in the forward that predicts
+        assert len(told) == 9 and all(torch.equal(alpha, rows) for alpha in told)
+        assert is_forgotten(model)
+
+    def test_the_target_does_not_decide_what_is_dropped(self):
+        outs = []
+        for shift in (0, 1):
+            model, images, target, _ = build(guide="predicted")
+            torch.manual_seed(1)
+            outs.append(StructDropTask(model)(images, (target + shift) % CLASSES)["output"])
+        assert torch.equal(*outs)
+
+    def test_the_target_may_be_anything_that_the_loss_takes(self):
+        model, images, _, _ = build(guide="predicted")
+        task = StructDropTask(model, lambda output, target: (output - target).square().mean())
+        task(images, torch.randn(4, CLASSES))["loss"].backward()
+
+    def test_the_random_numbers_are_those_of_the_step_alone(self):
+        model, images, _, _ = build(guide="predicted")
+        torch.manual_seed(3)
+        predicted_classes(model, images)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.manual_seed(3)))
+
+    def test_in_eval_mode_nothing_is_predicted(self):
+        model, images, target, seen = build(guide="predicted")
+        model.eval()
+        StructDropTask(model)(images, target)
+        assert len(seen) == 9  # one forward
+
+    def test_checkpointing_gives_the_gradients_of_the_plain_step(self):
+        results = []
+        for checkpointing in (False, True):
+            model, images, target, _ = build(guide="predicted")
+            model.set_grad_checkpointing(checkpointing)
+            torch.manual_seed(1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                StructDropTask(model)(images, target)["loss"].backward()
+            results.append(gradients(model))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+    def test_under_autocast_all_weights_get_gradients(self):
+        """Weights that the prediction rounds, without a graph, must not serve the step."""
+        model, images, target, _ = build(guide="predicted")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = StructDropTask(model)(images, target)["loss"]
+        loss.backward()
+        assert set(gradients(model)) == {name for name, _ in model.named_parameters()}
+
+    def test_compiled_there_is_one_graph_to_predict_and_one_to_train(self):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model, _, target, _ = build(guide="predicted")
+        for layer in structdrop_layers(model):
+            layer._forward_pre_hooks.clear()
+        task = StructDropTask(model)
+        task.compile(backend=counter, fullgraph=True)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            task(torch.randn(4, 3, 16, 16), target)["loss"].backward()
+        assert counter.frame_count == 2
+
+    def test_with_two_processes(self, tmp_path):
+        mp.spawn(predict_in_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+        one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+        assert one["guided"] and two["guided"]
+        assert all(torch.equal(one["weights"][key], two["weights"][key]) for key in one["weights"])
+
+    def test_both_kinds_in_one_model(self):
+        model, images, target, _ = build(stages=[1, 2])
+        attach(model, "camdrop", stages=[3], guide="predicted", img_size=16)
+        seen = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, CamDrop2d):
+                layer.register_forward_pre_hook(
+                    lambda layer, args, name=name: seen.update({name: layer.current_step()})
+                )
+        StructDropTask(model.train())(images, target)
+        classes = {name: step.classes for name, step in seen.items()}
+        assert all(torch.equal(classes[n], target) for n in classes if not n.startswith("layer3"))
+        predicted = [classes[n] for n in classes if n.startswith("layer3")]
+        assert predicted and all(torch.equal(one, predicted[0]) for one in predicted)
+        assert not torch.equal(predicted[0], target)
+
+
+def predict_in_process(rank, store, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, images, target, seen = build(guide="predicted")
+    images = images + rank
+    task = StructDropTask(model)
+    task.prepare_distributed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guided = True
+    for step in range(2):
+        expected = model.fc.weight.detach()[predicted_classes(model, images)].clone()
+        seen.clear()
+        torch.manual_seed(2 * step + rank)
+        optimizer.zero_grad()
+        task(images, target)["loss"].backward()
+        told = [alpha for alpha in seen if alpha is not None]
+        guided &= len(told) == 9 and all(torch.equal(alpha, expected) for alpha in told)
+        optimizer.step()
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+    torch.save({"weights": weights, "guided": guided}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+class OfAStranger(StructDropLayer):
+    """A regularizer that this package does not know: no unit of a sample's class is dropped."""
+
+    needs_classes = "target"
+
+    def forward(self, x):
+        classes = self.current_step().classes
+        assert classes is not None
+        return x * (classes % 2)[:, None, None, None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_strangers_layer_is_told_the_target(checkpointing):
+    """In a model without a classifier that anybody could read."""
+    torch.manual_seed(0)
+    conv, layer = nn.Conv2d(3, CLASSES, 3), OfAStranger()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.layer = conv, layer
+
+        def forward(self, x):
+            part = lambda x: self.layer(self.conv(x))  # noqa: E731
+            if checkpointing:
+                x = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+            else:
+                x = part(x)
+            return x.mean((2, 3))
+
+    target = torch.tensor([0, 1, 2, 3])
+    result = StructDropTask(Model().train())(torch.randn(4, 3, 8, 8), target)
+    result["loss"].backward()
+    assert (result["output"][[0, 2]] == 0).all() and (result["output"][[1, 3]] != 0).all()
+    assert conv.weight.grad is not None and layer.current_step() == Step()
+
+
+def test_gradients_by_autograd_grad_are_those_of_backward():
+    results = []
+    for by_grad in (False, True):
+        model, images, target, _ = build()
+        model.set_grad_checkpointing(True)
+        torch.manual_seed(1)
+        loss = StructDropTask(model)(images, target)["loss"]
+        if by_grad:
+            results.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+        else:
+            loss.backward()
+            results.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:CamDrop2d. no target:UserWarning")  # that is the case tested
+def test_a_step_that_never_goes_backward_guides_no_other_forward():
+    """Each checkpointed forward is repeated as it was, whatever came in between."""
+    model, images, target, _ = build()
+    model.set_grad_checkpointing(True)
+    guided = StructDropTask(model)(images, target)["loss"]
+    model(images).sum().backward()  # not guided, and recomputed as such
+    model.zero_grad()
+    unguided = model(images).sum()
+    guided.backward()
+    unguided.backward()
     assert is_forgotten(model)

@@ -144,6 +144,18 @@ def test_recovery_checkpoints_replace_each_other_and_go_with_the_epoch(tmp_path)
     assert not list(tmp_path.glob("recovery*"))
 
 
+def test_the_furthest_checkpoint_is_the_one_to_go_on_from(tmp_path):
+    """Whatever its name: a recovery of epoch 9 is behind a last that has trained it to its end."""
+    saver = RunSaver(make_run(), tmp_path)
+    saver.save_recovery(9, 10, 24)
+    stale = (tmp_path / "recovery-9-10.pth.tar").read_bytes()
+    saver.save_checkpoint(9, 2.0)
+    (tmp_path / "recovery-9-10.pth.tar").write_bytes(stale)  # it died before it could delete it
+    assert find_resume(tmp_path).name == "last.pth.tar"
+    saver.save_recovery(10, 1, 26)
+    assert find_resume(tmp_path).name == "recovery-10-1.pth.tar"
+
+
 def test_timm_reads_ours(tmp_path):
     run = make_run(ema=True)
     train(run, 3)
@@ -206,6 +218,14 @@ def no_room():
 
     yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_weights_that_are_not_finite_are_those_of_an_epoch_counted_from_one(tmp_path):
+    run = make_run()
+    with torch.no_grad():
+        run.task.trainable_module[0].bias.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"0\.bias is not after the last batch of epoch 17 "):
+        RunSaver(run, tmp_path).save_checkpoint(16, 1.0)
 
 
 @pytest.mark.parametrize("limit", [0, 100, 2000, 5000])

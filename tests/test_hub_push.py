@@ -4,6 +4,7 @@ import hashlib
 import json
 from io import BytesIO
 from pathlib import Path
+from shutil import copyfile, copytree
 
 import pytest
 import timm
@@ -11,12 +12,15 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load as load_tensors
+from script import load_script
 
 from timm_structdrop import attach, set_drop_prob
 from timm_structdrop.__main__ import main
+from timm_structdrop.commands._runs import read_run
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub import export_model, push_to_hub
 from timm_structdrop.hub.export import layer_settings
+from timm_structdrop.hub.failures import hub_errors
 from timm_structdrop.hub.readme import END, START, updated_readme
 
 LENET = """
@@ -198,6 +202,93 @@ def test_what_is_wrong_is_said_before_anything_is_read_or_drawn(monkeypatch):
     monkeypatch.setattr("timm_structdrop.hub.push.get_token", lambda: "hf_alice")
     with pytest.raises(UserError, match=r"DIR must be an output folder.*got nowhere"):
         main([*argv, "mit"])
+
+
+@pytest.fixture(scope="module")
+def averaged_run(tmp_path_factory) -> Path:
+    """The folder of a run that kept and evaluated averaged weights."""
+    folder = tmp_path_factory.mktemp("averaged")
+    load_script("train").main(
+        ["--recipe", "digits-quickstart", "--workers", "0", "--epochs", "2", "--device", "cpu",
+         "--model-ema", "--model-ema-decay", "0.9", "--checkpoint-hist", "2", "--log-interval",
+         "1000", "--output", str(folder), "--experiment", "run"]
+    )  # fmt: skip
+    return folder / "run"
+
+
+def changed_run(averaged_run: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the run with other facts in its best checkpoint."""
+    copytree(averaged_run, folder)
+    saved = torch.load(folder / "model_best.pth.tar", weights_only=True)
+    saved["args"] |= {key: changes.pop(key) for key in list(changes) if key in saved["args"]}
+    kept = {key: value for key, value in {**saved, **changes}.items() if value is not None}
+    torch.save(kept, folder / "model_best.pth.tar")
+    return folder
+
+
+def weights_of(trained) -> torch.Tensor:
+    return trained.model.state_dict()["conv1.weight"]
+
+
+@pytest.mark.parametrize("weights", ["state_dict", "state_dict_ema"])
+def test_the_weights_that_the_figures_are_of_are_published(averaged_run, tmp_path, weights):
+    saved = torch.load(averaged_run / "model_best.pth.tar", weights_only=True)
+    assert saved["validation"]["weights"] == "state_dict_ema"
+    figures = {"weights": weights, "loss": 0.1, "top1": 12.5, "top5": 75.0}
+    trained = read_run(changed_run(averaged_run, tmp_path / "run", validation=figures))
+    assert torch.equal(weights_of(trained), saved[weights]["conv1.weight"])
+    assert (trained.facts["top1"], trained.facts["top5"]) == (12.5, 75.0)
+
+
+def test_without_figures_in_the_checkpoint_those_of_the_summary_count(averaged_run, tmp_path):
+    saved = torch.load(averaged_run / "model_best.pth.tar", weights_only=True)
+    older = read_run(changed_run(averaged_run, tmp_path / "older", validation=None))
+    assert older.facts["top1"] == saved["metric"]
+    assert torch.equal(weights_of(older), saved["state_dict_ema"]["conv1.weight"])
+    elsewhere = changed_run(
+        averaged_run, tmp_path / "elsewhere", validation=None, model_ema_force_cpu=True
+    )
+    assert "top1" not in read_run(elsewhere).facts  # they may be of the other weights
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_published_as_one(
+    averaged_run, tmp_path, monkeypatch
+):
+    figures = {"weights": "state_dict_ema", "loss": 0.1, "top1": 12.5, "top5": 75.0}
+    other = changed_run(averaged_run, tmp_path / "other", validation=figures, epoch=7)
+    run = tmp_path / "run"
+    copytree(averaged_run, run)
+    saved = torch.load(run / "model_best.pth.tar", weights_only=True)
+    load = torch.load
+
+    def load_and_replace(*args, **settings):
+        content = load(*args, **settings)
+        copyfile(other / "model_best.pth.tar", run / "next")
+        (run / "next").replace(run / "model_best.pth.tar")
+        return content
+
+    monkeypatch.setattr(torch, "load", load_and_replace)
+    trained = read_run(run)
+    assert torch.equal(weights_of(trained), saved["state_dict_ema"]["conv1.weight"])
+    assert trained.facts["top1"] == saved["metric"] != 12.5
+
+
+@pytest.mark.parametrize(
+    "error, is_turned",
+    [
+        (PermissionError(13, "Permission denied", "model.safetensors"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (ValueError("a shape is wrong"), False),
+        (RuntimeError("size mismatch"), False),
+        (KeyError("siblings"), False),
+    ],
+)
+def test_only_what_fails_at_the_hub_on_the_way_or_on_the_disk_is_put_in_words(error, is_turned):
+    wanted = UserError if is_turned else type(error)
+    with pytest.raises(wanted) as raised, hub_errors("push to", "alice/net"):
+        raise error
+    assert (raised.value is error) != is_turned
+    assert not is_turned or str(raised.value).startswith("cannot push to alice/net: ")
 
 
 def test_readmes_merge():

@@ -3,17 +3,22 @@
 import os
 import random
 import signal
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.training import (
     Loop,
     LoopSettings,
+    Position,
+    Ranking,
     RunSaver,
     RunState,
     StructDropTask,
@@ -23,6 +28,7 @@ from timm_structdrop.training import (
     find_resume,
     fit,
     make_task,
+    read_summary,
     resume,
     seed_everything,
     set_loader_epoch,
@@ -109,7 +115,7 @@ class TermAt:
 
 
 def with_files(loop: Loop, folder, first_epoch: int = 0) -> Loop:
-    loop.saver = RunSaver(loop.run, folder)
+    loop.saver = RunSaver(loop.run, folder, loop.ranking.decreasing)
     loop.summary = SummaryFile(folder / "summary.csv", first_epoch)
     return loop
 
@@ -143,6 +149,85 @@ def test_sigterm_finishes_the_update_and_the_run_goes_on_from_there(
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
 
 
+@pytest.mark.parametrize("stream, reads", [(False, 40 - 8), (True, 40)])
+def test_a_run_that_goes_on_does_not_read_what_it_has_trained_on(tmp_path, stream, reads):
+    """After 2 of 5 batches of epoch 1 of 2; a stream has to be read from its beginning."""
+
+    class Rows(TensorDataset):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    class Stream(IterableDataset):
+        read = 0
+
+        def __iter__(self):
+            for row in zip(IMAGES, TARGETS, strict=True):
+                self.read += 1
+                yield row
+
+        def __len__(self):
+            return len(IMAGES)
+
+    def loop_over(data):
+        loop = make_loop(epochs=2)
+        loop.loader = DataLoader(data, 4, shuffle=not stream)
+        return loop
+
+    make = Stream if stream else lambda: Rows(IMAGES, TARGETS)
+    stopped = with_files(loop_over(make()), tmp_path)
+    stopped.run.scheduler = TermAt(2)
+    with pytest.raises(TrainingStopped):
+        fit(stopped)
+    again = loop_over(make())
+    position, _ = resume(again.run, find_resume(tmp_path))
+    assert (position.epoch, position.batch) == (0, 2)
+    fit(again, position)
+    assert again.loader.dataset.read == reads
+    whole = loop_over(make())
+    fit(whole)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def one_of_two(rank: int, store: str, folder: str) -> None:
+    """Trains to the end, then the same again with an end and a resume after 2 of 3 batches."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+
+    def loop_of_rank(name: str, update: int | None = None) -> tuple[Loop, Position]:
+        loop = make_loop(epochs=1, rank=rank, world_size=2)
+        data = loop.loader.dataset
+        sampler = DistributedSampler(data, num_replicas=2, rank=rank)
+        loop.loader = DataLoader(data, 4, sampler=sampler)
+        position = Position()
+        if name == "again":
+            position, _ = resume(loop.run, find_resume(Path(folder, "stopped")))
+        loop.run.task.prepare_distributed()
+        loop.run.scheduler = None if update is None else TermAt(update)
+        Path(folder, name).mkdir(exist_ok=True)
+        return with_files(loop, Path(folder, name)) if rank == 0 else loop, position
+
+    fit(*loop_of_rank("whole"))
+    with pytest.raises(TrainingStopped):
+        fit(*loop_of_rank("stopped", update=2))
+    torch.distributed.barrier()
+    fit(*loop_of_rank("again"))
+    torch.distributed.destroy_process_group()
+
+
+def test_the_means_of_an_epoch_that_two_processes_went_on_with_are_those_of_all_images(tmp_path):
+    mp.spawn(one_of_two, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    (whole,), (again,) = (
+        read_summary(tmp_path / name / "summary.csv") for name in ("whole", "again")
+    )
+    for column in ("train_loss", "train_top1"):
+        assert float(again[column]) == pytest.approx(float(whole[column]), rel=1e-12)
+
+
 def test_parts_of_the_loss_that_a_task_names_get_columns_of_their_own(tmp_path):
     class WithParts(StructDropTask):
         def step(self, input, target):
@@ -157,9 +242,23 @@ def test_parts_of_the_loss_that_a_task_names_get_columns_of_their_own(tmp_path):
     assert "train_top1,train_kl,lr" in (tmp_path / "summary.csv").read_text()
 
 
-def test_after_sigterm_the_old_handler_is_back():
+@pytest.mark.parametrize("update", [None, 2])
+def test_after_the_training_the_old_handlers_are_back(update):
+    """Also after a SIGTERM, from which on a worker's end (SIGCHLD) is not heard."""
+
+    def heard(number, frame) -> None:
+        pass
+
+    usual = signal.signal(signal.SIGCHLD, heard)
     before = signal.getsignal(signal.SIGTERM)
-    fit(make_loop(epochs=1))
+    loop = make_loop(epochs=1)
+    loop.run.scheduler = None if update is None else TermAt(update)
+    try:
+        with nullcontext() if update is None else pytest.raises(TrainingStopped):
+            fit(loop)
+        assert signal.getsignal(signal.SIGCHLD) is heard
+    finally:
+        signal.signal(signal.SIGCHLD, usual)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -167,7 +266,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
     loop = make_loop()
     with torch.no_grad():
         loop.run.task.trainable_module[0].bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="got nan in epoch 1, batch 1"):
+    with pytest.raises(UserError, match="got nan in epoch 1/3, batch 1/5 "):
         fit(loop)
 
 
@@ -178,7 +277,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     bias = loop.run.task.trainable_module[2].bias
     bias.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(UserError, match=r"must be finite to be saved; 2.bias .* epoch 0, step 0"):
+    with pytest.raises(UserError, match=r"finite to be saved; 2.bias .* batch 1 of epoch 1 "):
         fit(loop)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -202,6 +301,26 @@ def test_evaluation_and_checkpoints_come_every_val_interval_and_at_the_end(tmp_p
     assert len(rows) == 6 and rows[1].endswith(",,,,0.1") and rows[2].endswith("1.0,50.0,100.0,0.1")
 
 
+def test_a_saver_that_would_keep_the_worst_is_refused(tmp_path):
+    loop = make_loop()
+    loop.saver = RunSaver(loop.run, tmp_path)
+    with pytest.raises(UserError, match="must be True for checkpoints ranked by training loss"):
+        fit(loop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_that_were_not_evaluated_do_not_rank():
+    top1, loss = Ranking.of_run("top1", True), Ranking.of_run("top1", False)
+    results = [
+        {"epoch": 0, "train": {"loss": 2.0, "top1": 60.0}, "validation": {"top1": 50.0}},
+        {"epoch": 1, "train": {"loss": 1.0, "top1": 99.0}},
+        {"epoch": 2, "train": {"loss": 3.0, "top1": 50.0}, "validation": {"top1": 40.0}},
+    ]
+    assert [one["epoch"] for one in sorted(results, key=top1.sort_key)] == [1, 2, 0]
+    assert [one["epoch"] for one in sorted(results, key=loss.sort_key)] == [2, 0, 1]
+    assert (top1.words, loss.words) == ("validation top1", "training loss")
+
+
 def test_averaged_weights_are_what_counts():
     loop = make_loop(epochs=1)
     averaged = loop.run.task.setup_ema(decay=0.5)
@@ -211,6 +330,27 @@ def test_averaged_weights_are_what_counts():
 
     loop.evaluate = evaluate
     assert fit(loop)[0]["validation"]["top1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "device, weights", [("cpu", "state_dict_ema"), ("cpu:0", "state_dict"), (None, "state_dict")]
+)
+def test_a_checkpoint_says_which_weights_its_figures_are_of(tmp_path, device, weights):
+    """To the loop, cpu:0 is another device than cpu."""
+    loop = make_loop(epochs=1)
+    if device is not None:
+        loop.run.task.setup_ema(decay=0.5, device=torch.device("cpu"))
+        loop.device = torch.device(device)
+    figures = {"loss": 0.5, "top1": 50.0, "top5": 100.0}
+    loop.evaluate = lambda model, title: figures
+    fit(with_files(loop, tmp_path))
+    saved = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
+    assert saved["validation"] == {"weights": weights, **figures}
+
+
+def test_without_an_evaluation_a_checkpoint_has_no_figures(tmp_path):
+    fit(with_files(make_loop(epochs=1), tmp_path))
+    assert "validation" not in torch.load(tmp_path / "last.pth.tar", weights_only=True)
 
 
 def test_averages_know_the_update_across_epochs():

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import is_model_pretrained, save_for_hf
 
 from timm_structdrop.__main__ import main
-from timm_structdrop.commands.package import write_weights
+from timm_structdrop.commands.package import circumstances, write_weights
 from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropCluster2d
@@ -330,3 +330,10 @@ def test_flags_say_what_the_tag_decides(words, expected):
     flags = with_tag_settings(parse_with_sources(train_parser(), ["--model", *words]))
     assert (flags.in_chans, flags.img_size) == expected
     assert (flags.num_classes == 10) == (expected != (None, None))
+
+
+def test_images_that_had_no_say_in_the_choice_are_not_said_to_have_had_one():
+    by_loss = circumstances({"epochs": 3, "val_split": ""}, "a machine")
+    assert by_loss["selection"] is None and by_loss["split"] == "validation"
+    usual = circumstances({"epochs": 3, "val_split": "test"}, "a machine")
+    assert usual["selection"] == "the best of 3 epochs by top-1 on these images"

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from timm_structdrop.layers import SUB_MODELS, Fork, RBlock2d, r_block_2d, seed_rate
+from timm_structdrop.layers import SUB_MODELS, Fork, RBlock2d, Step, r_block_2d, seed_rate
 from timm_structdrop.layers._rate import paper_rate
 from timm_structdrop.layers._submodels import b_drop_dml, drop, one_of_both, s_drop_dml
+from timm_structdrop.training.steps import repeat_in_backward
 
 MAPS = [((8, 8), 3), ((5, 9), 3), ((4, 4), 2), ((7, 4), 4), ((3, 5), 20), ((1, 1), 3), ((6, 1), 3)]
 PAIRS = ("sdropdml", "bdropdml")
@@ -271,7 +272,7 @@ def test_compiled_forked_it_is_one_graph_whatever_the_rate(sub_models):
     torch._dynamo.reset()
     counter = CompileCounter()
     layer = RBlock2d(0.4, sub_models)
-    layer.forked = True
+    layer.begin_step(Step(forked=True))
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = torch.ones(8, 12, 6, 5)
     for factor in (0.0, 0.5, 1.0):
@@ -335,12 +336,16 @@ class TestFork:
         for checkpointed in (False, True):
             x.grad = conv.weight.grad = None
             torch.manual_seed(0)
-            fork.forked = layer.forked = True
+            told = [(module, Step(forked=True)) for module in (fork, layer)]
+            for module, step in told:
+                module.begin_step(step)
             if checkpointed:
                 out = torch.utils.checkpoint.checkpoint(segment, x, use_reentrant=use_reentrant)
             else:
                 out = segment(x)
-            fork.forked = layer.forked = False
+            for module, _ in told:
+                module.begin_step(None)
+            repeat_in_backward(told, [out])
             assert len(out) == 4
             out.square().sum().backward()
             grads.append((x.grad, conv.weight.grad))
@@ -348,7 +353,7 @@ class TestFork:
             torch.testing.assert_close(recomputed, plain)
         with pytest.warns(UserWarning, match="without its task"):
             assert fork(x) is x  # the backward pass leaves nothing behind
-        assert not layer.is_forked()
+        assert not layer.current_step().forked
 
 
 @pytest.mark.parametrize(
@@ -375,7 +380,7 @@ def test_bad_settings(arguments, message):
 @pytest.mark.parametrize("sub_models", SUB_MODELS)
 def test_an_odd_forked_batch_is_refused(sub_models):
     layer = RBlock2d(sub_models=sub_models)
-    layer.forked = True
+    layer.begin_step(Step(forked=True))
     with pytest.raises(ValueError, match="two sub models' samples, an even number; got 3"):
         layer(torch.ones(3, 2, 4, 4))
 

@@ -16,11 +16,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from timm_structdrop import attach
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import SUB_MODELS, CamDrop2d, Fork, ForkAware, RBlock2d
+from timm_structdrop.layers import SUB_MODELS, CamDrop2d, Fork, RBlock2d, Step, StepAware
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training import DropSchedule, RBlockTask, StructDropTask, make_task
 from timm_structdrop.training.rblock import mutual_kl
-from timm_structdrop.training.targets import TargetGuide
+from timm_structdrop.training.steps import tell_step
 
 CLASSES = 5
 
@@ -64,7 +64,7 @@ def concatenated_step(model, images, target, seed, temperature=3.0, alpha=0.1):
         if isinstance(module, Fork):
             module.eval()
         elif isinstance(module, RBlock2d):
-            module.forked = True
+            module.begin_step(Step(forked=True))
     torch.manual_seed(seed)
     logits = model(torch.cat([images, images]))
     first, second = logits[: len(images)], logits[len(images) :]
@@ -80,8 +80,8 @@ def front_once(model, n):
             front.append(layer)
 
             def once(x, plain=layer.forward, layer=layer):
-                cam = layer.cam
-                layer.set_cam(cam[:n])
+                step = layer.current_step()
+                layer.begin_step(Step(alpha=step.alpha[:n]))
                 # the scale of each sample is its own, so halves can be dropped in apart
                 state = torch.get_rng_state()
                 first = plain(x[:n])
@@ -89,7 +89,7 @@ def front_once(model, n):
                 torch.set_rng_state(state)
                 second = plain(x[n:])
                 torch.set_rng_state(after)
-                layer.set_cam(cam)
+                layer.begin_step(step)
                 return torch.cat((first, second))
 
             layer.forward = once
@@ -230,10 +230,10 @@ class TestFlag:
         model = build()
         task = task_of(model)
         task(*batch())
-        assert not any(m.forked for m in model.modules() if isinstance(m, ForkAware))
+        assert not any(m.current_step().forked for m in model.modules() if isinstance(m, StepAware))
         with pytest.raises(RuntimeError):
             task(torch.randn(2, 4, 32, 32), torch.tensor([0, 1]))
-        assert not any(m.forked for m in model.modules() if isinstance(m, ForkAware))
+        assert not any(m.current_step().forked for m in model.modules() if isinstance(m, StepAware))
         assert model.eval()(batch()[0]).shape == (4, CLASSES)
 
     def test_compiled_without_its_task_it_warns_once_in_one_graph(self):
@@ -316,7 +316,7 @@ class TestTraining:
     def test_gradients_accumulate(self):
         model = build(drop_block_rate=0.0).eval()
         for module in model.modules():
-            module.training = isinstance(module, ForkAware) or module is model
+            module.training = isinstance(module, StepAware) or module is model
         images, target = batch()
         task = task_of(model)
         task(images, target)["loss"].backward()
@@ -495,7 +495,7 @@ class TestPlacement:
         model = build()
         twin = copy.deepcopy(model)
         task_of(twin)(*batch())
-        assert not any(m._ran_forked for m in model.modules() if isinstance(m, ForkAware))
+        assert not any(m.current_step().forked for m in model.modules() if isinstance(m, StepAware))
 
     def test_regularizers_compose_around_the_fork(self):
         model = build("resnet18_rblock")
@@ -509,7 +509,7 @@ class TestPlacement:
         attach(model, "camdrop", stages=[1, 3], drop_prob=0.3, block_size=3, img_size=32)
         twin = copy.deepcopy(model)
         images, target = batch(3, 32, torch.float64)
-        with TargetGuide(twin).given(torch.cat((target, target)), 6), front_once(twin, 3):
+        with tell_step(twin, torch.cat((target, target)), batch=6), front_once(twin, 3):
             expected, _ = concatenated_step(twin, images, target, seed=2)
         expected.backward()
         model.set_grad_checkpointing(checkpointing)

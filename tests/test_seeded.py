@@ -2,14 +2,24 @@
 
 import random
 from multiprocessing.reduction import ForkingPickler
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, create_loader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+)
 
 from timm_structdrop.data import SeededDataset, create_dataset
+from timm_structdrop.training import set_loader_epoch
+from timm_structdrop.training.seeding import starting_at
 
 
 class Noise(Dataset):
@@ -120,6 +130,101 @@ def digits_batches(workers: int, augmix: bool = False, mixup: bool = False) -> t
 @pytest.mark.parametrize("settings", [{}, {"mixup": True}, {"augmix": True}], ids=str)
 def test_timms_loader_gives_the_same_batches_with_any_number_of_workers(settings):
     assert torch.equal(digits_batches(0, **settings), digits_batches(2, **settings))
+
+
+class Counted(Dataset):
+    """Counts what is read from a data set, in workers too."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.reads = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        self.reads += 1
+        return self.dataset[index]
+
+
+def counted_loader(workers: int, sampler: str, prefetcher: bool, persistent: bool):
+    """Digits with every augmentation of the loader, in batches of 4."""
+    digits = create_dataset("digits", input_img_mode="L", shift=1)
+    digits.dataset.targets = digits.dataset.targets[:28]
+    dataset = SeededDataset(Counted(digits), seed=1)
+    ranks = {"num_replicas": 2, "rank": 1}
+    made = {
+        "random": lambda data: None,
+        "distributed": lambda data: DistributedSampler(data, **ranks),
+        "repeated": lambda data: RepeatAugSampler(data, **ranks, selected_round=0),
+    }[sampler](dataset)
+    settings = {
+        "input_size": (1, 16, 16), "batch_size": 4, "is_training": True, "re_prob": 0.5,
+        "mean": (0.5,), "std": (0.5,), "num_workers": workers, "device": torch.device("cpu"),
+        "use_prefetcher": prefetcher, "persistent_workers": persistent,
+        "collate_fn": FastCollateMixup(num_classes=10) if prefetcher else None,
+    }  # fmt: skip
+    with patch("timm.data.loader.torch.utils.data.distributed.DistributedSampler") as usual:
+        usual.return_value = made
+        return create_loader(dataset, distributed=made is not None, **settings), dataset.dataset
+
+
+def batches_from(loader, epoch: int, first: int) -> tuple[int, list[torch.Tensor]]:
+    set_loader_epoch(loader, 5, epoch)
+    with starting_at(loader, first) as left_out:
+        batches = [torch.cat([part.flatten().float() for part in batch]) for batch in loader]
+    return left_out, batches
+
+
+@pytest.mark.parametrize(
+    "workers, sampler, prefetcher, persistent",
+    [
+        (0, "random", True, False),
+        (2, "random", True, False),
+        (2, "random", True, True),
+        (1, "random", False, True),
+        (0, "distributed", True, False),
+        (0, "repeated", True, False),
+    ],
+)
+def test_a_pass_that_starts_at_a_batch_is_the_rest_of_the_whole_and_reads_no_more(
+    workers, sampler, prefetcher, persistent
+):
+    loader, counted = counted_loader(workers, sampler, prefetcher, persistent)
+    _, whole = batches_from(loader, epoch=2, first=0)
+    assert len(whole) == len(loader) >= 3
+    for first in (1, len(whole) - 1, len(whole)):
+        counted.reads.zero_()
+        left_out, rest = batches_from(loader, epoch=2, first=first)
+        assert left_out == first and counted.reads == 4 * (len(whole) - first)
+        assert len(loader) == len(whole)
+        for batch, expected in zip(rest, whole[first:], strict=True):
+            assert torch.equal(batch, expected)
+    _, again = batches_from(loader, epoch=2, first=0)
+    assert all(torch.equal(one, other) for one, other in zip(again, whole, strict=True))
+
+
+def test_what_cannot_start_at_a_batch_is_read_from_the_beginning():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.arange(12))
+
+    class Odd(BatchSampler):
+        pass
+
+    odd = DataLoader(Noise(), batch_sampler=Odd(range(12), 4, False))
+    for loader in (DataLoader(Stream(), batch_size=4), odd, DataLoader(Noise(), batch_size=None)):
+        whole = list(loader)
+        with starting_at(loader, 1) as left_out:
+            assert left_out == 0 and len(list(loader)) == len(whole)
 
 
 def test_the_transform_is_the_wrapped_datasets():

@@ -265,7 +265,7 @@ def test_the_progress_names_cells_runs_and_the_time_left(fake, monkeypatch):
     (runs[1].folder / "summary.csv").write_text("epoch,eval_top1\n" + "0,1\n" * 5)
     now[0] += 50  # 25 of 40 epochs in 50 s
     line = progress.line(runs[1:2])
-    assert line == "t  [1/2 cells, 2/4 runs]  dropblock, seed 0: epoch 5/10  0:30 left"
+    assert line == "t  [1/2 cells, 2/4 runs]  dropblock, seed 0: 5 of 10 epochs  0:30 left"
 
 
 def test_numbers_come_without_matplotlib(fake, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from timm_structdrop.recipes import (
     recipe_names,
     train_parser,
 )
+from timm_structdrop.recipes.build import build_scheduler
 from timm_structdrop.recipes.packaged import FACTS
 
 train = load_script("train")
@@ -105,6 +106,50 @@ def test_mixup_clipping_ema_and_channels_last_run(run):
     )  # fmt: skip
     (row,) = rows(folder)
     assert 0 < float(row["train_loss"]) < 10 and "eval_top1" not in row
+
+
+def test_without_an_evaluation_the_lowest_training_loss_is_the_best(run, caplog, capsys):
+    caplog.set_level(logging.INFO, "timm_structdrop")
+    flags = ("--model", "lenet5", "--epochs", "4", "--val-split", "", "--checkpoint-hist", "2")
+    folder = run(*flags)
+    losses = [float(row["train_loss"]) for row in rows(folder)]
+    assert losses[0] > min(losses), "the loss has to fall to test anything"
+    ranked = sorted(range(4), key=losses.__getitem__)
+    kept = {file.name for file in folder.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{epoch}.pth.tar" for epoch in ranked[:2]}
+    best = torch.load(folder / "model_best.pth.tar", weights_only=True)
+    assert best["epoch"] == ranked[0]
+    words = f"{losses[ranked[0]]:.4f}, training loss (epoch {ranked[0] + 1}/4)"
+    assert f"*** Best metric: {words}" in caplog.text
+    results = json.loads(capsys.readouterr().out.split("--result\n")[1])
+    assert [result["epoch"] for result in results] == ranked[::-1]
+
+
+@pytest.mark.parametrize("flags, best", [((), 0), (("--val-split", ""), 1)])
+def test_figures_of_another_kind_do_not_rank_against_each_other(run, flags, best):
+    folder = run("--model", "lenet5", "--epochs", "1", "--eval-metric", "loss")
+    saved = torch.load(folder / "last.pth.tar", weights_only=True)
+    saved["saver"]["best_metric"] = 1e-9  # no loss to come is as low
+    torch.save(saved, folder / "last.pth.tar")
+    train.main(["--resume", str(folder), "--epochs", "2", *flags])
+    assert torch.load(folder / "model_best.pth.tar", weights_only=True)["epoch"] == best
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "flags, mode",
+    [
+        ([], "max"),
+        (["--eval-metric", "loss"], "min"),
+        (["--val-split", ""], "min"),
+        (["--val-split", "", "--eval-metric", "top5"], "min"),
+    ],
+)
+def test_a_plateau_is_one_of_what_ranks_the_checkpoints(flags, mode):
+    parsed = train_parser().parse_flags(["--sched", "plateau", *flags])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler, _ = build_scheduler(parsed, optimizer, updates_per_epoch=3)
+    assert scheduler.lr_scheduler.mode == mode
 
 
 def test_structdrop_attaches_to_any_model(run):
@@ -242,7 +287,9 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(tmp_path, flags, line):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(run):
-    with pytest.raises(UserError, match=r"loss must be finite; got (nan|inf) in epoch 1, batch \d"):
+    with pytest.raises(
+        UserError, match=r"loss must be finite; got (nan|inf) in epoch 1/1, batch \d/3 "
+    ):
         run("--model", "lenet5", "--epochs", "1", "--opt", "sgd", "--lr", "1e30",
             "--sched", "none")  # fmt: skip
 
@@ -311,6 +358,14 @@ def test_a_run_that_does_nothing_but_warm_up_says_so(run, caplog):
     assert "warm up" not in caplog.text
 
 
+def test_a_run_that_ends_before_the_first_fit_of_clusters_says_so(run, caplog):
+    run("--model", "lenet5_dropcluster", "--epochs", "2", "--cluster-start", "2")
+    assert "its first fit comes after 2 epochs (--cluster-start), and the run has 2" in caplog.text
+    caplog.clear()
+    run("--model", "lenet5_dropcluster", "--epochs", "2", "--cluster-start", "1", name="fits")
+    assert "first fit comes" not in caplog.text
+
+
 def test_what_a_beginner_forgets_is_said(tmp_path, caplog):
     """A folder without splits, fewer classes than outputs, and going on with a finished run."""
     folder = write_images(tmp_path / "images") / "train"
@@ -322,7 +377,7 @@ def test_what_a_beginner_forgets_is_said(tmp_path, caplog):
     assert "has no folders train/ and validation/: every image is trained on" in caplog.text
     assert "input 1 x 32 x 32 (channels, height, width)" in caplog.text
     assert "1 epoch of 6 batches" in caplog.text and "learning rate 0.01" in caplog.text
-    assert "(epoch 1/1, which summary.csv numbers 0)" in caplog.text
+    assert "validation top1 (epoch 1/1)" in caplog.text
     caplog.clear()
     train.main(["--resume", str(tmp_path / "run")])
     assert "The run has its 1 epoch already" in caplog.text

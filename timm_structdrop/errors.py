@@ -11,8 +11,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+_is_command = ContextVar("is_command", default=False)
 _USER_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
 )
@@ -74,11 +76,24 @@ def dead_worker(error: BaseException) -> str | None:
     )
 
 
+def is_command() -> bool:
+    """Whether `run_command` is under way: the process is a command's, and ends with it."""
+    return _is_command.get()
+
+
 def hear_no_more_of_workers() -> None:
-    """Keep torch from raising (at SIGCHLD) that a worker died, in a process that is ending."""
-    if threading.current_thread() is threading.main_thread():
-        # unlike SIG_IGN, a function takes a signal that has come but not been handled yet
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    """Keep torch from raising (at SIGCHLD) that a worker died, in a command that is ending.
+
+    Elsewhere the process is somebody else's, and so are its handlers: nothing happens.
+    """
+    if is_command() and threading.current_thread() is threading.main_thread():
+        do_not_hear_of_workers()
+
+
+def do_not_hear_of_workers() -> Any:
+    """The same wherever it is called, in the main thread; returns the handler to put back."""
+    # unlike SIG_IGN, a function takes a signal that has come but not been handled yet
+    return signal.signal(signal.SIGCHLD, lambda number, frame: None) or signal.SIG_DFL
 
 
 def one_line(error: BaseException) -> str:
@@ -109,6 +124,7 @@ def run_command(main: Callable[[], object]) -> None:
     Exit status: 2 after `error: <one line>`, 130 after Ctrl-C, 1 without a word when the reader of
     the output has gone (`... | head`). Any other exception is a bug and keeps its traceback.
     """
+    outside = _is_command.set(True)
     try:
         with _plain_warnings():
             main()
@@ -126,6 +142,8 @@ def run_command(main: Callable[[], object]) -> None:
             hear_no_more_of_workers()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        _is_command.reset(outside)
 
 
 @contextmanager

@@ -47,6 +47,9 @@ AT_THE_STEM: dict[str, Any] = {
 }
 STEM = {"modules": ["act1"]}
 
+# Eqs. (4) to (9) of CamDrop's paper as they are written; the default is the authors' code
+LETTER = {"rank": "valid", "seed_rate": "candidates"}
+
 # the convolutions with maps of more than one unit: 12 x 12 and 2 x 2
 BLOCKS = {"modules": ["act1", "layer1.0.act1"], "block_size": 3}
 
@@ -87,7 +90,9 @@ ABLATIONS = (
     _camdrop("guided by averages (Table 2)", guide="avg"),
     _camdrop("all channels (Table 3)", channels="all"),
     *(_camdrop(f"n' = C/{n} (Table 4)", n_channels=1 / n) for n in (16, 4, 2)),
-    _camdrop("n' = C (Table 4)", n_channels=1.0),
+    _camdrop("guided by predicted classes", guide="predicted"),
+    _camdrop("the letter", **LETTER),
+    _camdrop("the letter, guided by predicted classes", guide="predicted", **LETTER),
     *(
         Cell(f"rblock: {kind} (Table 3)", "lenet5_rblock", settings, tuned_as=tuned)
         for kind, settings, tuned in (
@@ -98,8 +103,8 @@ ABLATIONS = (
         )
     ),
     _dropblock("without schedule (Fig. 3)", schedule="constant"),
-    _dropblock("first convolution only (Fig. 3)", modules=["act1"]),
-    _dropblock("second convolution only (Fig. 3)", modules=["layer1.0.act1"]),
+    _dropblock("first convolution only (Fig. 4)", modules=["act1"]),
+    _dropblock("second convolution only (Fig. 4)", modules=["layer1.0.act1"]),
     _dropblock("block 1 (Fig. 4)", block_size=1),
     _dropblock("block 5 (Fig. 4)", block_size=5),
 )
@@ -111,7 +116,7 @@ RATES = {
     "spatialdropout": (0.1, 0.2, 0.3, 0.5),
     "dropblock": (0.05, 0.1, 0.2, 0.3),
     "dropcluster": (0.1, 0.2, 0.3, 0.5),
-    "camdrop": (0.05, 0.1, 0.2, 0.3),
+    "camdrop": (0.1, 0.2, 0.3, 0.5),
     "rblock bdropdml": (0.1, 0.2, 0.3, 0.5),
     "rblock sdropdml": (0.1, 0.2, 0.3, 0.5),
 }

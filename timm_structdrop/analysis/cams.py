@@ -14,7 +14,7 @@ from timm_structdrop.analysis.maps import Place, find_places, place_named, watch
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers._guide import guidance
 from timm_structdrop.models._trace import first_conv
-from timm_structdrop.training.targets import classifier_weight, target_weights
+from timm_structdrop.training.steps import classifier_weight, target_weights
 
 __all__ = ["Cams", "cam_place", "class_activation_maps", "compare_spread"]
 

@@ -16,7 +16,7 @@ from timm_structdrop.analysis.maps import Place
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import cam_drop_2d
 from timm_structdrop.models.modes import eval_mode
-from timm_structdrop.training.targets import classifier_weight, target_weights
+from timm_structdrop.training.steps import classifier_weight, target_weights
 
 __all__ = ["CLAIMS", "MASKS", "GradientBound", "gradient_bound"]
 

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from timm_structdrop.data import class_names
 from timm_structdrop.errors import UserError
-from timm_structdrop.models.weights import load_weights, read_checkpoint, read_file
+from timm_structdrop.models.weights import (
+    checkpoint_of,
+    find_checkpoint,
+    load_weights,
+    read_file,
+)
 from timm_structdrop.recipes import load_recipe, recipe_names, train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
@@ -59,16 +64,22 @@ class Trained:
 
 
 def read_run(folder: Path) -> Trained:
-    """The best checkpoint of a run of train.py (the averaged weights if it kept them).
+    """The best checkpoint of a run of train.py: the weights that its figures are of, which are the
+    averaged ones if it kept and evaluated them, or evaluated nothing.
+
+    Its file is read once, because a run that is under way replaces it.
 
     Raises:
         UserError: there is no checkpoint, or its settings do not give the model.
     """
-    checkpoint = read_checkpoint(folder)
+    path = find_checkpoint(folder)
+    content = read_file(path)
+    checkpoint = checkpoint_of(content, path)
     if not checkpoint.args:
         raise UserError(f"a run's folder must hold args.yaml; got {folder}")
-    if checkpoint.args.get("model_ema"):
-        checkpoint = read_checkpoint(folder, use_ema=True)
+    averaged, accuracy = _measured(folder, content, checkpoint.args)
+    if averaged:
+        checkpoint = checkpoint_of(content, path, use_ema=True)
     defaults = vars(train_parser().parse_flags([]))
     saved = {**defaults, **{k: v for k, v in checkpoint.args.items() if k in defaults}}
     flags = argparse.Namespace(**{**saved, **NO_START})
@@ -78,7 +89,7 @@ def read_run(folder: Path) -> Trained:
     facts = {
         **training_facts(saved),
         "base_model": _base_model(saved, model),
-        **_accuracy(folder, read_file(checkpoint.path).get("epoch")),
+        **accuracy,
     }
     images, of_data = _look_at_data(flags, data, model)
     facts = {key: value for key, value in {**facts, **of_data}.items() if value is not None}
@@ -116,8 +127,23 @@ def _base_model(saved: Mapping[str, Any], model: Any) -> str | None:
     return model.pretrained_cfg.get("hf_hub_id") if saved["pretrained"] else None
 
 
+def _measured(
+    folder: Path, content: Mapping[str, Any], flags: Mapping[str, Any]
+) -> tuple[bool, dict[str, float]]:
+    """Whether a checkpoint's averaged weights are to be published, and top-1 and top-5 accuracy, in
+    percent, of the weights that are."""
+    said = content.get("validation")
+    if isinstance(said, Mapping):
+        accuracy = {key: said[key] for key in ("top1", "top5") if key in said}
+        return said.get("weights") == "state_dict_ema", accuracy
+    averaged = bool(flags.get("model_ema"))
+    if averaged and flags.get("model_ema_force_cpu"):
+        return True, {}  # the figures in summary.csv may be of the others
+    return averaged, _accuracy(folder, content.get("epoch"))
+
+
 def _accuracy(folder: Path, epoch: object) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of an epoch in percent, from summary.csv."""
+    """The figures of an epoch in summary.csv, for a checkpoint without figures, such as timm's."""
     rows = [row for row in read_summary(folder / "summary.csv") if row["epoch"] == str(epoch)]
     last = rows[-1] if rows else {}
     return {key: float(last[f"eval_{key}"]) for key in ("top1", "top5") if last.get(f"eval_{key}")}

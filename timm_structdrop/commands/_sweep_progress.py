@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from timm_structdrop.commands._sweep_runs import Run
 from timm_structdrop.training.progress import format_seconds
+from timm_structdrop.words import counted
 
 __all__ = ["SweepProgress"]
 
@@ -66,7 +67,10 @@ class SweepProgress:
         parts = [
             f"{self.title}  [{done_cells}/{len(cells)} cells, {done_runs}/{len(self.runs)} runs]"
         ]
-        parts += [f"{run.name}: epoch {run.epochs_done()}/{run.epochs}" for run in running[:3]]
+        parts += [
+            f"{run.name}: {run.epochs_done()} of {counted(run.epochs, 'epoch')}"
+            for run in running[:3]
+        ]
         if elsewhere:
             parts.append(f"{elsewhere[0].name} goes on in another process")
         seconds = time.perf_counter() - self.started

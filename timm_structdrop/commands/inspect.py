@@ -175,7 +175,8 @@ def inspect_clusters(
         suffix = _suffix(maps.name, every)
         mask = training_mask(subject.model, maps.name, args.seed)
         here = maps.name in fitted_here
-        when = "here, on these images" if here else f"at {maps.fitted_at} (epoch or update)"
+        when = f"at {maps.fitted_at} (epoch or update, counted from 0)"
+        when = "here, on these images" if here else when
         print(
             f"\nDropCluster at {maps.name}: {counted(maps.n_clusters, 'cluster')}, "
             f"{int((~maps.structured).sum())} of {counted(len(maps.labels), 'channel')} "

@@ -131,6 +131,8 @@ def circumstances(trained: Mapping[str, Any], hardware: str | None) -> dict[str,
     """Where the checkpoint was trained, at what rate, and how it was chosen."""
     epochs = int(trained.get("epochs") or 0)
     metric = {"top1": "top-1", "top5": "top-5"}.get(trained.get("eval_metric", "top1"), "loss")
+    selection = f"the best of {counted(epochs, 'epoch')} by {metric} on these images"
+    evaluated = trained.get("val_split", "validation")
     return {
         "drop_prob": trained.get("drop_block"),
         "hardware": hardware or f"{os.cpu_count()} CPU cores ({platform.machine()})",
@@ -139,8 +141,8 @@ def circumstances(trained: Mapping[str, Any], hardware: str | None) -> dict[str,
             **{library: version(library) for library in LIBRARIES},
             "timm_structdrop": __version__,
         },
-        "split": trained.get("val_split") or "validation",
-        "selection": f"the best of {counted(epochs, 'epoch')} by {metric} on these images",
+        "split": evaluated or "validation",
+        "selection": selection if evaluated else None,  # these images had no say in it
     }
 
 

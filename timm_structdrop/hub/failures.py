@@ -37,7 +37,10 @@ Result = TypeVar("Result")
 
 @contextmanager
 def hub_errors(doing: str, repo_id: str, instead: str = "") -> Iterator[None]:
-    """Turn every failure of Hub calls within the block into a `UserError` that names the cause.
+    """Turn what fails within the block at the Hub, on the way to it or on the disk into a
+    `UserError` that names the cause.
+
+    Anything else passes as it is: it is a bug, or for somebody else to explain.
 
     Args:
         doing: what is not possible, as in ``cannot <doing> <repo_id>: <cause>``.
@@ -45,7 +48,8 @@ def hub_errors(doing: str, repo_id: str, instead: str = "") -> Iterator[None]:
         instead: what else one can do, to put behind the cause.
 
     Raises:
-        UserError: in place of errors of the client, of HTTP and of the operating system.
+        UserError: in place of the client's errors with an answer of the Hub, about names, tokens,
+            offline mode or a download cut short, of connections, and of the operating system.
     """
     try:
         yield

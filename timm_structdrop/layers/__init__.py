@@ -1,9 +1,10 @@
 """The regularizers: one file each, a pure function of tensors and a thin module around it."""
 
 from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._fork import Fork, ForkAware
+from timm_structdrop.layers._fork import Fork
 from timm_structdrop.layers._rate import seed_rate
 from timm_structdrop.layers._registry import Regularizer, register, regularizers
+from timm_structdrop.layers._step import Step, StepAware
 from timm_structdrop.layers.camdrop import CamDrop2d, cam_drop_2d
 from timm_structdrop.layers.dropblock import DropBlock2d, drop_block_2d
 from timm_structdrop.layers.dropcluster import DropCluster2d, drop_cluster_2d
@@ -19,10 +20,11 @@ __all__ = [
     "DropBlock2d",
     "DropCluster2d",
     "Fork",
-    "ForkAware",
     "RBlock2d",
     "Regularizer",
     "SpatialDropout2d",
+    "Step",
+    "StepAware",
     "StochasticDepth",
     "StructDropLayer",
     "UnitDropout2d",

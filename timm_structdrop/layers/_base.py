@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_structdrop.layers._check import check_drop_prob
+from timm_structdrop.layers._step import StepAware
 
 __all__ = ["StructDropLayer"]
 
 
-class StructDropLayer(nn.Module):
+class StructDropLayer(StepAware):
     """Base class of the regularizers: maps (B, C, H, W) to (B, C, H, W).
 
     A layer has a target rate, ``target_drop_prob``, which is a setting, and a live rate,
@@ -24,12 +25,13 @@ class StructDropLayer(nn.Module):
     the same keys.
 
     Subclasses implement :meth:`forward`, take every setting as a keyword of ``__init__`` and keep
-    it under the keyword's name.
+    it under the keyword's name. One that needs the batch's target, or the network's prediction,
+    sets ``needs_classes`` and reads :meth:`current_step`, see
+    :class:`~timm_structdrop.layers.StepAware`.
     """
 
     regularizer: ClassVar[str]
     keeps_map_state: ClassVar[bool] = False  # its buffers have the shape of the map
-    needs_target: bool = False  # its training task tells it what each image shows
     drop_prob: Tensor
 
     def __init__(self, drop_prob: float = 0.1) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_structdrop.layers._recompute import is_recomputed
+from timm_structdrop.layers._step import StepAware
 from timm_structdrop.layers._tell import tell
 
-__all__ = ["Fork", "ForkAware", "halves"]
+__all__ = ["Fork", "halves"]
 
 WITHOUT_TASK = (
     "an R-Block model is trained without its task: the batch is not forked, and each sample goes "
@@ -16,33 +16,12 @@ WITHOUT_TASK = (
 )
 
 
-class ForkAware(nn.Module):
-    """A module that behaves otherwise while the activations of its model are forked.
-
-    A training task sets ``forked`` around a forward of its own model and takes it back behind it.
-    Gradient checkpointing runs parts of that forward again during the backward pass, when the flag
-    is gone; such a run repeats what the last forward did.
-    """
-
-    forked: bool = False
-    _ran_forked: bool = False
-
-    def is_forked(self) -> bool:
-        """Whether the forward that is running, or being recomputed, is a forked one."""
-        if torch.compiler.is_compiling():
-            return self.forked
-        if not is_recomputed():
-            self._ran_forked = self.forked
-        return self._ran_forked
-
-
-class Fork(ForkAware):
+class Fork(StepAware):
     """Where a batch is forked: (B, ...) to (2B, ...), the batch twice, sub model by sub model.
 
-    It forks in training and only while a task asks for it (:class:`ForkAware`); otherwise it is the
-    identity. It has neither parameters nor buffers. Trained without such a task it warns, once (and
-    once for each graph of ``torch.compile``): the R-Block layers behind it then act as single sub
-    models.
+    It forks in training and only in a step whose task asks for it; otherwise it is the identity. It
+    has neither parameters nor buffers. Trained without such a task it warns, once (and once for
+    each graph of ``torch.compile``): the R-Block layers behind it then act as single sub models.
     """
 
     _warned: bool = False
@@ -50,7 +29,7 @@ class Fork(ForkAware):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        if self.is_forked():
+        if self.current_step().forked:
             return torch.cat((x, x))
         if torch.compiler.is_compiling():
             tell(WITHOUT_TASK)

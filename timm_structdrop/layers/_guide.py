@@ -7,10 +7,12 @@ from torch import Tensor
 
 __all__ = [
     "candidate_pixels",
+    "check_alpha",
     "compress",
     "dominant_channels",
     "guidance",
     "highest",
+    "how_many_pixels",
     "inner_seeds",
 ]
 
@@ -45,18 +47,9 @@ def guidance(x: Tensor, alpha: Tensor | None, guide: str) -> tuple[Tensor, Tenso
         alpha: the classifier's weights (B, C'), for ``"cam"``.
         guide: ``"cam"``: J = sum_c alpha_c x_c, Eqs. (5) and (7); ``"avg"``: J is the mean of the
             channels, and a channel's weight its mean over the map.
-
-    Raises:
-        ValueError: ``alpha`` is needed and is not (B, C').
     """
-    if guide == "avg":
+    if guide == "avg" or alpha is None:
         return x.mean((2, 3), dtype=torch.float32), x.mean(1, dtype=torch.float32)
-    if alpha is None or alpha.ndim != 2 or alpha.shape[0] != x.shape[0]:
-        received = None if alpha is None else tuple(alpha.shape)
-        raise ValueError(
-            f"alpha must be (B, features) with B = {x.shape[0]} where guide is 'cam'; "
-            f"got {received}"
-        )
     weights = compress(alpha, x.shape[1])
     if torch.compiler.is_compiling():  # fuses what would be a float32 copy of x
         return weights, (x.float() * weights[:, :, None, None]).sum(1)
@@ -65,28 +58,61 @@ def guidance(x: Tensor, alpha: Tensor | None, guide: str) -> tuple[Tensor, Tenso
     return weights, cam.view(x.shape[0], x.shape[2], x.shape[3])
 
 
+def check_alpha(x: Tensor, alpha: Tensor | None, guide: str) -> None:
+    """That the weights are there where they are needed.
+
+    Args:
+        x: activations (B, C, H, W).
+        alpha: the classifier's weights (B, C').
+        guide: ``"cam"`` needs them.
+
+    Raises:
+        ValueError: ``alpha`` is needed and is not (B, C').
+    """
+    if guide == "cam" and (alpha is None or alpha.ndim != 2 or alpha.shape[0] != x.shape[0]):
+        received = None if alpha is None else tuple(alpha.shape)
+        raise ValueError(
+            f"alpha must be (B, features) with B = {x.shape[0]} where guide is 'cam'; "
+            f"got {received}"
+        )
+
+
+def how_many_pixels(
+    size: tuple[int, int], block: tuple[int, int], n_pixels: int | None = None, rank: str = "all"
+) -> int:
+    """n of Eq. (6): how many positions of the seed grid are candidates.
+
+    Args:
+        size: (H, W) of the map.
+        block: (rows, columns) of the blocks, at most (H, W).
+        n_pixels: n, all of the grid if that is more; None for floor(H W / (rows columns)).
+        rank: ``"all"``: the seed grid is the map; ``"valid"``: it is that of :func:`inner_seeds`.
+    """
+    height, width = size
+    n = height * width // (block[0] * block[1]) if n_pixels is None else n_pixels
+    if rank == "valid":
+        height, width = height - block[0] + 1, width - block[1] + 1
+    return min(n, height * width)
+
+
 def candidate_pixels(
-    intensity: Tensor, block: tuple[int, int], n_pixels: int | None = None, rank: str = "valid"
-) -> tuple[Tensor | None, int]:
+    intensity: Tensor, block: tuple[int, int], n: int, rank: str = "all"
+) -> Tensor | None:
     """Eq. (6): the n positions of the seed grid where J is highest.
 
     Args:
         intensity: J (B, H, W).
         block: (rows, columns) of the blocks, at most (H, W).
-        n_pixels: n; None for floor(H W / (rows columns)).
-        rank: ``"valid"``: the seed grid is that of :func:`inner_seeds`; ``"all"``: it is the map.
+        n: of :func:`how_many_pixels`.
+        rank: as there.
 
     Returns:
-        Places (B, n) int64 of the flattened grid, in no order, or None for all of the grid; and n.
+        Places (B, n) int64 of the flattened grid, in no order; None for all of the grid.
     """
-    height, width = intensity.shape[1:]
     if rank == "valid":
         intensity = inner_seeds(intensity, block)
-    n = height * width // (block[0] * block[1]) if n_pixels is None else n_pixels
-    grid = intensity.shape[1] * intensity.shape[2]
-    if n >= grid:
-        return None, grid
-    return highest(intensity.flatten(1), n), n
+    intensity = intensity.flatten(1)
+    return None if n == intensity.shape[1] else highest(intensity, n)
 
 
 def dominant_channels(channels: int, n_channels: int | float | None = None) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer, check_maps
 from timm_structdrop.layers._learned_clusters import LearnedClusters, resample_labels
 from timm_structdrop.layers._mask import apply_mask
-from timm_structdrop.layers._recompute import is_recomputed
 from timm_structdrop.layers._registry import register
+from timm_structdrop.layers._step import is_recomputed
 
 __all__ = ["DropCluster2d", "cluster_mask", "drop_cluster_2d", "resample_labels"]
 

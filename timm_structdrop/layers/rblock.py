@@ -13,7 +13,7 @@ from timm_structdrop.layers._check import (
     check_integer,
     check_maps,
 )
-from timm_structdrop.layers._fork import ForkAware, halves
+from timm_structdrop.layers._fork import halves
 from timm_structdrop.layers._mask import drop_alike
 from timm_structdrop.layers._registry import register
 from timm_structdrop.layers._submodels import b_drop_dml, drop, one_of_both, s_drop_dml
@@ -151,12 +151,12 @@ def _c_drop(x: Tensor, drop_prob: float | Tensor) -> Tensor:
     summary="two sub models with different drop regions, made to agree by mutual learning",
     paper="Wang & Hu 2023, arXiv:2307.15150",
 )
-class RBlock2d(StructDropLayer, ForkAware):
+class RBlock2d(StructDropLayer):
     """R-Block: see :func:`r_block_2d`.
 
-    While a training task says that the activations are forked (:class:`ForkAware`), the layer maps
-    the halves of two sub models, (2B, C, H, W). Otherwise each sample of (B, C, H, W) goes through
-    one of the two, drawn anew in every layer.
+    In a step whose task says that the activations are forked the layer maps the halves of two sub
+    models, (2B, C, H, W). Otherwise each sample of (B, C, H, W) goes through one of the two, drawn
+    anew in every layer.
 
     Args:
         drop_prob: p in [0, 1): twice what a sub model of ``sdropdml`` and ``bdropdml`` drops, and
@@ -188,7 +188,7 @@ class RBlock2d(StructDropLayer, ForkAware):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        forked = self.is_forked()
+        forked = self.current_step().forked
         if self.is_off():
             return x
         return r_block_2d(

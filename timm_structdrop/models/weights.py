@@ -6,6 +6,7 @@ import argparse
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,10 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Everything in a checkpoint file (`.safetensors`, or what `torch.save` wrote), on the CPU.
 
+    With `mapped` tensors are left in the file until they are used, where its format allows it.
     Only tensors, plain Python values and the `argparse.Namespace` of timm's trainings are
     unpickled. Raises `UserError` naming the file when it is missing, truncated, not a checkpoint
     or holds anything else; `OSError` when it may not be read.
@@ -68,7 +70,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # torch warns about the pickle protocol of a foreign file before it gives up on it.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=mapped and zipfile.is_zipfile(path),
+            )
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -103,7 +110,11 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Checkpoint:
     `use_ema` asks for averaged weights that are not in it.
     """
     path = find_checkpoint(path)
-    content = read_file(path)
+    return checkpoint_of(read_file(path), path, use_ema)
+
+
+def checkpoint_of(content: Mapping[str, Any], path: Path, use_ema: bool = False) -> Checkpoint:
+    """As `read_checkpoint`, of what `read_file` has read from `path`."""
     found = next((key for key in _EMA_KEYS if content.get(key) is not None), None)
     if use_ema and found is None:
         raise UserError(f"use_ema needs a checkpoint with averaged (EMA) weights; {path} has none")

@@ -27,6 +27,7 @@ from timm_structdrop.recipes.parser import parse_structdrop
 from timm_structdrop.training import (
     ClusterRefits,
     DropSchedule,
+    Ranking,
     StructDropTask,
     has_fork,
     make_task,
@@ -170,7 +171,8 @@ def build_scheduler(
     Raises:
         UserError: the schedule does not take its settings.
     """
-    settings = scheduler_kwargs(flags, decreasing_metric=flags.eval_metric == "loss")
+    ranking = Ranking.of_run(flags.eval_metric, evaluated=bool(flags.val_split))
+    settings = scheduler_kwargs(flags, decreasing_metric=ranking.decreasing)
     try:
         made = create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
     except (ValueError, AssertionError) as error:
@@ -211,9 +213,9 @@ def build_task(
         fitted = any(layer.is_fitted for layer in clusters)  # it came with pretrained weights
         if flags.cluster_start >= epochs and not fitted:
             _logger.warning(
-                f"DropCluster will not do anything: its first fit is in epoch "
-                f"{flags.cluster_start} (--cluster-start, counted from 0) of a run of "
-                f"{counted(epochs, 'epoch')}"
+                "DropCluster will not do anything: its first fit comes after "
+                f"{counted(flags.cluster_start, 'epoch')} (--cluster-start), and the run has "
+                f"{epochs}"
             )
     mutual: dict[str, Any] = {}
     if has_fork(model):

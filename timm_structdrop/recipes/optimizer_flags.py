@@ -67,7 +67,12 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         help="share of the average that an update leaves",
     )
     add("--model-ema-warmup", action=SWITCH, default=False, help="begin with a smaller share")
-    add("--model-ema-force-cpu", action=SWITCH, default=False, help="keep them on the CPU")
+    add(
+        "--model-ema-force-cpu",
+        action=SWITCH,
+        default=False,
+        help="keep them on the CPU; beside a model on a GPU they are not evaluated",
+    )
 
 
 def add_scheduler_flags(parser: argparse.ArgumentParser) -> None:

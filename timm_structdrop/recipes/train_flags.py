@@ -216,7 +216,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--eval-metric",
         default="top1",
         choices=("top1", "top5", "loss"),
-        help="ranks the checkpoints",
+        help="ranks the checkpoints; without an evaluation it is the training loss",
     )
     add(
         "--checkpoint-hist",

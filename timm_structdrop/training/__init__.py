@@ -8,6 +8,7 @@ from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.loop import fit
 from timm_structdrop.training.parts import Loop, LoopSettings
 from timm_structdrop.training.progress import Progress
+from timm_structdrop.training.ranking import Ranking
 from timm_structdrop.training.rblock import RBlockTask, has_fork
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.resume import find_resume, resume
@@ -23,6 +24,7 @@ __all__ = [
     "Position",
     "Progress",
     "RBlockTask",
+    "Ranking",
     "RunSaver",
     "RunState",
     "StructDropTask",

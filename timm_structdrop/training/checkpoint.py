@@ -32,7 +32,8 @@ class Position:
         epoch: the epoch to train next, or in progress, counted from 0.
         batch: batches of it that are done.
         update: optimizer updates done since the start of the run.
-        sums: what the epoch in progress has added up for its means (loss, images, ...).
+        sums: what the epoch in progress has added up for its means (loss, images, ...), over all
+            processes of the run.
     """
 
     epoch: int = 0
@@ -120,9 +121,20 @@ class RunSaver(CheckpointSaver):
         self.folder = folder
 
     def save_checkpoint(
-        self, epoch: int, metric: float | None = None, update: int = 0
+        self,
+        epoch: int,
+        metric: float | None = None,
+        update: int = 0,
+        validation: Mapping[str, Any] | None = None,
     ) -> tuple[float | None, int | None]:
-        """Save the state after ``epoch``; ``metric`` ranks it, None keeps it by recency only.
+        """Save the state after ``epoch``.
+
+        Args:
+            epoch: the epoch that is over, counted from 0.
+            metric: ranks it; None keeps it by recency only.
+            update: optimizer updates done since the start of the run.
+            validation: figures of its evaluation for whoever publishes it, and under ``weights``
+                the key of the weights that they are of: ``state_dict`` or ``state_dict_ema``.
 
         Returns:
             The best metric so far and its epoch.
@@ -141,7 +153,7 @@ class RunSaver(CheckpointSaver):
         if is_best:
             self.best_metric, self.best_epoch = metric, epoch
         try:
-            self._write(fresh, Position(epoch + 1, 0, update), metric)
+            self._write(fresh, Position(epoch + 1, 0, update), metric, validation)
             if (str(path), metric) in self.checkpoint_files:
                 replace_with_link(fresh, path)
             if is_best:
@@ -195,11 +207,19 @@ class RunSaver(CheckpointSaver):
         elif not best.is_file() or read_file(best).get("epoch") != self.best_epoch:
             self.best_metric = self.best_epoch = None
 
-    def _write(self, path: Path, position: Position, metric: float | None = None) -> None:
+    def _write(
+        self,
+        path: Path,
+        position: Position,
+        metric: float | None = None,
+        validation: Mapping[str, Any] | None = None,
+    ) -> None:
         _check_finite(self.run.task.get_trainable_module(), position)
         content = self.run.state(position)
         if metric is not None:
             content["metric"] = metric
+        if validation is not None:
+            content["validation"] = dict(validation)
         # timm has load_state_dict add the checkpoint being written; here it is in the list
         content["saver"] = {**self.state_dict(), "pending": (None, None)}
         save_whole(content, path)
@@ -225,9 +245,9 @@ def _check_finite(model: nn.Module, position: Position) -> None:
     named = [(name, weight.detach()) for name, weight in model.named_parameters()]
     finite = torch.stack([weight.isfinite().all() for _, weight in named]).tolist()
     if not all(finite):
-        where = f"epoch {position.epoch}, step {position.batch - 1}"
+        where = f"batch {position.batch} of epoch {position.epoch + 1}"
         if not position.batch:
-            where = f"the last step of epoch {position.epoch - 1}"
+            where = f"the last batch of epoch {position.epoch}"
         raise UserError(
             f"weights must be finite to be saved; {named[finite.index(False)][0]} is not after "
             f"{where} (a lower learning rate, --clip-grad or no --amp may help)"

@@ -18,7 +18,7 @@ from timm_structdrop.training.checkpoint import Position
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.parts import Loop
 from timm_structdrop.training.progress import Progress
-from timm_structdrop.training.seeding import seed_everything, set_loader_epoch
+from timm_structdrop.training.seeding import seed_everything, set_loader_epoch, starting_at
 
 __all__ = ["learning_rate", "train_one_epoch"]
 
@@ -39,58 +39,66 @@ def train_one_epoch(loop: Loop, position: Position) -> dict[str, float]:
         run.task.begin_update(loop.updates_before(position) - 1)
     run.task.get_trainable_module().train()
     run.optimizer.zero_grad()
-    sums = dict(position.sums)
+    sums = _sums_to_go_on_with(loop, position)
     progress = Progress(
         f"Train {epoch + 1}/{settings.epochs}", n_batches, settings.log_interval,
         position.batch, enabled=loop.is_primary,
     )  # fmt: skip
     done = position.batch
-    for batch, (images, target) in _batches(loop):
-        if batch < position.batch:
-            continue
-        update = epoch * loop.updates_per_epoch + batch // accumulate
-        if batch % accumulate == 0:
-            run.task.begin_update(update)
-        seed_everything("step", settings.seed, epoch, batch, settings.rank)
-        first_of_update = batch - batch % accumulate
-        of_update = min(accumulate, n_batches - first_of_update)
-        need_update = batch + 1 == first_of_update + of_update
-        figures = _step(loop, images, target, of_update, need_update)
-        (not_finite,) = loop.anywhere(not math.isfinite(figures["loss"]))
-        if not_finite:
-            _refuse_loss(figures["loss"], epoch, batch)
-        for name, value in {**figures, "images": 1.0}.items():
-            sums[name] = sums.get(name, 0.0) + value * len(target)
-        progress.update(
-            len(target) * settings.world_size, {**_means(sums), "lr": learning_rate(run.optimizer)}
-        )
-        if need_update:
-            _after_update(loop, Position(epoch, batch + 1, update + 1, sums))
-        done = batch + 1
+    with starting_at(loop.loader, position.batch) as left_out:
+        for batch, (images, target) in _batches(loop, left_out):
+            if batch < position.batch:
+                continue
+            update = epoch * loop.updates_per_epoch + batch // accumulate
+            if batch % accumulate == 0:
+                run.task.begin_update(update)
+            seed_everything("step", settings.seed, epoch, batch, settings.rank)
+            first_of_update = batch - batch % accumulate
+            of_update = min(accumulate, n_batches - first_of_update)
+            need_update = batch + 1 == first_of_update + of_update
+            figures = _step(loop, images, target, of_update, need_update)
+            (not_finite,) = loop.anywhere(not math.isfinite(figures["loss"]))
+            if not_finite:
+                _refuse_loss(loop, figures["loss"], epoch, batch)
+            for name, value in {**figures, "images": 1.0}.items():
+                sums[name] = sums.get(name, 0.0) + value * len(target)
+            progress.update(
+                len(target) * settings.world_size,
+                {**_means(sums), "lr": learning_rate(run.optimizer)},
+            )
+            if need_update:
+                _after_update(loop, Position(epoch, batch + 1, update + 1, sums))
+            done = batch + 1
     if done < n_batches and loop.stop.requested:
         update = epoch * loop.updates_per_epoch + done // accumulate
         _stop_between_updates(loop, Position(epoch, done, update, sums))
     progress.close()
-    if settings.world_size > 1:
-        sums = _sum_over_processes(sums, loop.device)
-    return _means(sums)
+    return _means(_over_processes(loop, sums))
 
 
-def _batches(loop: Loop) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """The batches of an epoch, counted; they end early where the workers that read them were told
-    to end together with this process."""
+def _sums_to_go_on_with(loop: Loop, position: Position) -> dict[str, float]:
+    """They are of all processes, so the first one has them; the others begin at zero."""
+    if loop.is_primary:
+        return dict(position.sums)
+    return dict.fromkeys(position.sums, 0.0)
+
+
+def _batches(loop: Loop, first: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """The batches of an epoch, counted from ``first``; they end early where the workers that read
+    them were told to end together with this process."""
     try:
-        yield from enumerate(read_batches(loop.loader))
+        yield from enumerate(read_batches(loop.loader), first)
     except RuntimeError as error:
         if not loop.stop.requested or dead_worker(error) is None:
             raise
 
 
-def _refuse_loss(loss: float, epoch: int, batch: int) -> NoReturn:
+def _refuse_loss(loop: Loop, loss: float, epoch: int, batch: int) -> NoReturn:
     got = "another one in another process" if math.isfinite(loss) else loss
     raise UserError(
-        f"the loss must be finite; got {got} in epoch {epoch + 1}, batch {batch + 1} "
-        "(a lower learning rate, --clip-grad or no --amp may help)"
+        f"the loss must be finite; got {got} in epoch {epoch + 1}/{loop.settings.epochs}, "
+        f"batch {batch + 1}/{len(loop.loader)} (a lower learning rate, --clip-grad or no --amp may "
+        "help)"
     )
 
 
@@ -160,21 +168,24 @@ def _after_update(loop: Loop, position: Position) -> None:
     (stop,) = loop.anywhere(loop.stop.requested)
     every = settings.recovery_interval
     if stop or (every and position.update % every == 0):
-        _save_recovery(loop, position)
+        _save_recovery(loop, position, _over_processes(loop, position.sums))
     if stop:
         raise TrainingStopped
 
 
-def _save_recovery(loop: Loop, position: Position) -> None:
+def _save_recovery(loop: Loop, position: Position, sums: Mapping[str, float]) -> None:
     if loop.saver is not None:
-        loop.saver.save_recovery(position.epoch, position.batch, position.update, position.sums)
+        loop.saver.save_recovery(position.epoch, position.batch, position.update, sums)
 
 
 def _stop_between_updates(loop: Loop, position: Position) -> NoReturn:
     """End a run that waits for workers which have ended already; between the batches of an update
     there is nothing that could be saved."""
     if position.batch % loop.settings.grad_accum_steps == 0:
-        _save_recovery(loop, position)
+        # the other processes may be elsewhere: what this one has seen stands for all
+        processes = loop.settings.world_size
+        sums = {name: value * processes for name, value in position.sums.items()}
+        _save_recovery(loop, position, sums)
     raise TrainingStopped
 
 
@@ -192,9 +203,12 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
 
 
-def _sum_over_processes(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    values = torch.tensor(list(sums.values()), dtype=dtype, device=device)
+def _over_processes(loop: Loop, sums: Mapping[str, float]) -> dict[str, float]:
+    """The sums of all processes; all of them have to ask."""
+    if loop.settings.world_size == 1:
+        return dict(sums)
+    dtype = torch.float32 if loop.device.type == "mps" else torch.float64
+    values = torch.tensor(list(sums.values()), dtype=dtype, device=loop.device)
     dist.all_reduce(values)
     return dict(zip(sums, values.tolist(), strict=True))
 

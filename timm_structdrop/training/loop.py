@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.utils import distribute_bn
 
+from timm_structdrop.errors import UserError
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training.checkpoint import Position
 from timm_structdrop.training.epoch import learning_rate, train_one_epoch
@@ -29,11 +30,13 @@ def fit(loop: Loop, start: Position | None = None) -> list[dict[str, Any]]:
         ``validation`` figures.
 
     Raises:
-        UserError: the loss is not finite, or a checkpoint cannot be written.
+        UserError: the loss is not finite, a checkpoint cannot be written, or the saver would keep
+            the worst ones.
         TrainingStopped: the process got SIGTERM; the state after the update it was in is saved.
     """
     position = start or Position()
     results = []
+    _check_saver(loop)
     with loop.stop:
         while position.epoch < loop.settings.epochs:
             results.append(_epoch(loop, position))
@@ -47,6 +50,15 @@ def fit(loop: Loop, start: Position | None = None) -> list[dict[str, Any]]:
     return results
 
 
+def _check_saver(loop: Loop) -> None:
+    ranking = loop.ranking
+    if loop.saver is not None and loop.saver.decreasing != ranking.decreasing:
+        raise UserError(
+            f"decreasing of the saver must be {ranking.decreasing} for checkpoints ranked by "
+            f"{ranking.words}; got {loop.saver.decreasing}"
+        )
+
+
 def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
     """Train and evaluate one epoch, write its row and its checkpoint."""
     settings, run, epoch = loop.settings, loop.run, position.epoch
@@ -57,15 +69,18 @@ def _epoch(loop: Loop, position: Position) -> dict[str, Any]:
     last = epoch + 1 == settings.epochs
     due = last or (epoch + 1) % settings.val_interval == 0
     validation = _evaluate(loop) if due else None
-    metric = train["loss"] if validation is None else validation[settings.eval_metric]
+    figures = {"epoch": epoch, "train": train}
+    if validation is not None:
+        figures["validation"] = validation
+    metric = loop.ranking.figure(figures) if due else None
     if loop.summary is not None:
         loop.summary.append(_row(loop, epoch, train, validation))
     if run.scheduler is not None:
-        run.scheduler.step(epoch + 1, metric if due else None)
+        run.scheduler.step(epoch + 1, metric)
     if loop.saver is not None and due:
-        loop.saver.save_checkpoint(epoch, metric, (epoch + 1) * loop.updates_per_epoch)
-    figures = {"epoch": epoch, "train": train}
-    return figures if validation is None else {**figures, "validation": validation}
+        update = (epoch + 1) * loop.updates_per_epoch
+        loop.saver.save_checkpoint(epoch, metric, update, _of_weights(loop, validation))
+    return figures
 
 
 def _distribute_bn(loop: Loop) -> None:
@@ -94,10 +109,17 @@ def _evaluate(loop: Loop) -> dict[str, float] | None:
         return None
     task = loop.run.task
     figures = loop.evaluate(task.get_eval_model(), "Validate")
-    averaged = task.get_trainable_module(ema=True)
-    if averaged is not None and averaged.device in (None, loop.device):
+    if loop.measures_average:
         figures = loop.evaluate(task.get_eval_model(ema=True), "Validate (EMA)")
     return dict(figures)
+
+
+def _of_weights(loop: Loop, validation: Mapping[str, float] | None) -> dict[str, Any] | None:
+    """The figures with the checkpoint's key of the weights that they are of."""
+    if validation is None:
+        return None
+    weights = "state_dict_ema" if loop.measures_average else "state_dict"
+    return {"weights": weights, **validation}
 
 
 def _row(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_structdrop.training.checkpoint import Position, RunSaver, RunState
 from timm_structdrop.training.files import SummaryFile
 from timm_structdrop.training.interrupt import StopRequest
+from timm_structdrop.training.ranking import Ranking
 
 __all__ = ["Loop", "LoopSettings"]
 
@@ -33,7 +34,8 @@ class LoopSettings:
         channels_last: memory format of the images.
         mixup_off_epoch: no mixup or cutmix from this epoch on; 0 for always.
         val_interval: epochs between evaluations; the last epoch is always evaluated.
-        eval_metric: "top1", "top5" or "loss", what the best checkpoint is best at.
+        eval_metric: "top1", "top5" or "loss", what the best checkpoint is best at in the
+            evaluation; without one it is the training loss.
         log_interval: steps between progress lines where there is no terminal.
         recovery_interval: updates between recovery checkpoints; 0 for none.
         dist_bn: "reduce", "broadcast" or "", how processes agree on batch norm statistics.
@@ -86,6 +88,18 @@ class Loop:
     summary: SummaryFile | None = None
     after_epoch: Callable[[int], None] | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def ranking(self) -> Ranking:
+        """What the best epoch is best at."""
+        return Ranking.of_run(self.settings.eval_metric, self.evaluate is not None)
+
+    @property
+    def measures_average(self) -> bool:
+        """Whether an evaluation's figures are of the averaged weights: where there are such, kept
+        on the device that the model is on."""
+        averaged = self.run.task.get_trainable_module(ema=True)
+        return averaged is not None and averaged.device in (None, self.device)
 
     @property
     def updates_per_epoch(self) -> int:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import Fork, ForkAware
+from timm_structdrop.layers import Fork
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.schedule import DropSchedule
 from timm_structdrop.training.task import StructDropTask
 
-__all__ = ["RBlockTask", "forked", "has_fork", "mutual_kl"]
+__all__ = ["RBlockTask", "has_fork", "mutual_kl"]
 
 
 class RBlockTask(StructDropTask):
@@ -46,6 +45,8 @@ class RBlockTask(StructDropTask):
     Raises:
         UserError: the model is not forked anywhere, or a setting is out of range.
     """
+
+    forks = True
 
     def __init__(
         self,
@@ -81,8 +82,7 @@ class RBlockTask(StructDropTask):
         """
         if not self.trainable_module.training:
             return super().step(input, target)
-        with forked(self.trainable_module):
-            logits = self.trainable_module(input)
+        logits = self.trainable_module(input)
         if len(logits) != 2 * len(input):
             raise UserError(
                 f"a forked model must give 2B = {2 * len(input)} logits for B images; "
@@ -121,16 +121,3 @@ def mutual_kl(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def has_fork(model: nn.Module) -> bool:
     """Whether the model has R-Block and the fork that it needs."""
     return any(isinstance(module, Fork) for module in model.modules())
-
-
-@contextmanager
-def forked(model: nn.Module) -> Iterator[None]:
-    """Training forwards of ``model`` inside the context are forked: (2B, ...) come out of it."""
-    modules = [module for module in model.modules() if isinstance(module, ForkAware)]
-    for module in modules:
-        module.forked = True
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.forked = False

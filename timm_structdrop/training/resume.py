@@ -20,6 +20,9 @@ __all__ = ["find_resume", "resume"]
 def find_resume(path: str | Path) -> Path:
     """The checkpoint to continue from: ``path`` itself, or in a folder the furthest one.
 
+    A run that dies while it saves the end of an epoch can leave a recovery checkpoint that ``last``
+    is ahead of.
+
     Raises:
         UserError: there is none, or ``path`` is another file.
     """
@@ -31,10 +34,15 @@ def find_resume(path: str | Path) -> Path:
             read_file(path)
         return path
     candidates = [*recoveries(path)[-1:], path / f"last{EXTENSION}"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"--resume needs a folder with last{EXTENSION} or recovery-*; got {path}")
+    found = [candidate for candidate in candidates if candidate.is_file()]
+    if not found:
+        raise UserError(f"--resume needs a folder with last{EXTENSION} or recovery-*; got {path}")
+    return max(found, key=_how_far) if len(found) > 1 else found[0]
+
+
+def _how_far(path: Path) -> tuple[int, int]:
+    position = _position(read_file(path, mapped=True))
+    return position.epoch, position.batch
 
 
 def resume(
@@ -68,10 +76,15 @@ def resume(
             run.scaler.load_state_dict(content[run.scaler.state_dict_key])
         if "lr_scheduler" in content and hasattr(run.scheduler, "lr_scheduler"):
             run.scheduler.lr_scheduler.load_state_dict(content["lr_scheduler"])
+    return _position(content), content
+
+
+def _position(content: Mapping[str, Any]) -> Position:
+    """Where a checkpoint of this package goes on, or one of timm's."""
     saved = content.get("position")
     if saved is None:
-        return Position(content.get("epoch", -1) + (content.get("version", 1) > 1)), content
-    return Position(**saved), content
+        return Position(content.get("epoch", -1) + (content.get("version", 1) > 1))
+    return Position(**saved)
 
 
 def _load_models(run: RunState, content: Mapping[str, Any], path: Path) -> None:

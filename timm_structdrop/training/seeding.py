@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
 
 from timm_structdrop.errors import UserError
 
-__all__ = ["SeededErasing", "derive_seed", "seed_everything", "set_loader_epoch"]
+__all__ = ["SeededErasing", "derive_seed", "seed_everything", "set_loader_epoch", "starting_at"]
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:
@@ -95,3 +97,49 @@ def set_loader_epoch(loader: Any, seed: int, epoch: int, rank: int = 0) -> None:
             loader.random_erasing = erasing = SeededErasing(erasing, seed, rank)
         erasing.begin_epoch(epoch)
     seed_everything("epoch", seed, epoch, rank)
+
+
+@contextmanager
+def starting_at(loader: Any, batch: int) -> Iterator[int]:
+    """Let a pass over a loader begin at a batch; those before it are not read.
+
+    The order is a function of the seed and the epoch, so it is enough that the sampler leaves out
+    its first indices. Call `set_loader_epoch` before, and make the pass inside the context.
+
+    Args:
+        loader: a torch ``DataLoader`` or timm's ``PrefetchLoader`` around one.
+        batch: the first batch of the pass, at least 0.
+
+    Yields:
+        How many batches are left out: ``batch``, or 0 where the loader has to read them (a stream,
+        or a batch sampler other than torch's).
+    """
+    inner = getattr(loader, "loader", loader)
+    batches = getattr(inner, "batch_sampler", None)
+    # torch gives a stream a batch sampler too, whose indices mean nothing
+    if type(batches) is not BatchSampler or isinstance(inner.dataset, IterableDataset):
+        yield 0
+        return
+    whole = batches.sampler
+    batches.sampler = _Rest(whole, batch * batches.batch_size)
+    erasing = getattr(loader, "random_erasing", None)
+    if isinstance(erasing, SeededErasing):
+        erasing.batch = batch
+    try:
+        yield batch
+    finally:
+        batches.sampler = whole
+
+
+class _Rest:
+    """The indices of a sampler without the first ones; as long as the whole, as a loader is."""
+
+    def __init__(self, sampler: Any, first: int) -> None:
+        self.sampler = sampler
+        self.first = first
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.sampler), self.first, None)
+
+    def __len__(self) -> int:
+        return len(self.sampler)

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
+from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.schedule import DropSchedule
-from timm_structdrop.training.targets import TargetGuide
+from timm_structdrop.training.steps import (
+    classifier_weight,
+    predicted_classes,
+    repeat_in_backward,
+    tell_step,
+)
 
 __all__ = ["StructDropTask"]
 
 
 class StructDropTask(ClassificationTask):
     """timm's classification task that also drives the drop schedule and the cluster refits, and
-    tells CamDrop layers the target.
+    tells the layers that need it (CamDrop) the target, or the network's own prediction.
+
+    The prediction is that of one more forward of the batch, in eval mode and without gradients,
+    before the one that is trained on: no forward of a training loop predicts a batch before it is
+    trained on. It costs about a third of a step, and is made only for layers that ask for it.
 
     In a loop of one's own::
 
@@ -36,8 +46,10 @@ class StructDropTask(ClassificationTask):
         task_settings: further keywords of ``timm.task.ClassificationTask`` (device, dtype, ...).
 
     Raises:
-        UserError: the model has CamDrop guided by the target and no linear classifier.
+        UserError: the model has CamDrop guided by a class and no linear classifier.
     """
+
+    forks: ClassVar[bool] = False  # the activations are doubled on their way through the model
 
     def __init__(
         self,
@@ -50,7 +62,10 @@ class StructDropTask(ClassificationTask):
         super().__init__(model, criterion, **task_settings)
         self.schedule = schedule
         self.refits = refits
-        self.targets = TargetGuide(model)
+        layers = list(structdrop_layers(model))
+        self.needed = {layer.needs_classes for layer in layers} - {None}
+        if any(layer.needs_classes and layer.needs_classifier for layer in layers):
+            classifier_weight(model)
         self.is_compiled = False
 
     def begin_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -77,18 +92,30 @@ class StructDropTask(ClassificationTask):
         cannot hold a fit.
         """
         if self.refits is None or not self.refits.pending:
-            return self._guided_step(input, target)
+            return self._told_step(input, target)
         with self._eager():
-            result = self._guided_step(input, target)
+            result = self._told_step(input, target)
         self.refits.done()
         return result
 
-    def _guided_step(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if not self.targets.layers:
+    def guides(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The classes that guide the layers: ``"target"`` and ``"prediction"``, as they need."""
+        found = {}
+        if "target" in self.needed:
+            found["target"] = target
+        if "prediction" in self.needed:
+            found["prediction"] = predicted_classes(self.trainable_module, input)
+        return found
+
+    def _told_step(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if not (self.trainable_module.training and (self.needed or self.forks)):
             return self.step(input, target)
-        with self.targets.given(target, len(input)) as alpha:
+        guides = self.guides(input, target)
+        with tell_step(
+            self.trainable_module, **guides, batch=len(input), forked=self.forks
+        ) as told:
             result = self.step(input, target)
-        self.targets.recall(alpha, result["loss"])
+        repeat_in_backward(told, list(result.values()))
         return result
 
     def step(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
