@@ -8,9 +8,8 @@ from typing import Any
 
 from benchmarks._record import ROOT
 from benchmarks._text import table
-from timm_structdrop.analysis import save_json, save_png
 from timm_structdrop.errors import UserError
-from timm_structdrop.training import write_whole
+from timm_structdrop.files import save_json, save_png, save_text
 from timm_structdrop.training.progress import format_seconds
 
 __all__ = ["DOCUMENT", "RESULTS", "page", "read", "section", "summary", "with_summary", "write"]
@@ -57,11 +56,6 @@ def write(results: dict[str, Any], folder: Path, named: list[str]) -> list[Path]
         text = with_summary(DOCUMENT.read_text(encoding="utf-8"), read(stem.with_suffix(".json")))
         paths.append(save_text(text, DOCUMENT))
     return paths
-
-
-def save_text(text: str, path: Path) -> Path:
-    write_whole(path, lambda file: file.write(text.encode()))
-    return path
 
 
 def read(path: Path) -> dict[str, Any]:

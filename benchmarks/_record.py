@@ -14,8 +14,9 @@ import torch
 
 import timm_structdrop
 import train
+from timm_structdrop.files import save_json, save_text
 
-__all__ = ["ROOT", "circumstances", "quietly_trained"]
+__all__ = ["ROOT", "circumstances", "quietly_trained", "write_study"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,3 +78,10 @@ def quietly_trained(folder: Path, flags: Sequence[str]) -> Path:
     with _into(folder / "train.log"):
         train.main([*flags, *where])
     return folder
+
+
+def write_study(results: dict[str, Any], text: str, output: Path) -> None:
+    """Print ``text``; write it and the ``results`` it is of as ``output`` with .md and .json."""
+    save_json(results, output.with_suffix(".json"))
+    save_text(text, output.with_suffix(".md"))
+    print(text)

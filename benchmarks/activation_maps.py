@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks._record import ROOT, circumstances
+from benchmarks._record import ROOT, circumstances, write_study
 from benchmarks._text import table
 from benchmarks.defaults import LETTER, Cell, digits, train
-from timm_structdrop.analysis import cam_place, class_activation_maps, save_json
+from timm_structdrop.analysis import cam_place, class_activation_maps
 from timm_structdrop.errors import run_command
-from timm_structdrop.training import Progress, write_whole
+from timm_structdrop.training import Progress
 
 PLAIN = "no regularizer"
 OFTEN = {"keep_prob": 0.5, "block_size": 4}
@@ -98,11 +98,7 @@ def main() -> None:
             progress.update(1, {"area": runs[-1]["area"]})
     progress.close()
     results = {**circumstances("benchmarks.activation_maps"), "runs": runs}
-    output = Path(args.output)
-    save_json(results, output.with_suffix(".json"))
-    text = report(results)
-    write_whole(output.with_suffix(".md"), lambda file: file.write(text.encode()))
-    print(text)
+    write_study(results, report(results), Path(args.output))
 
 
 if __name__ == "__main__":

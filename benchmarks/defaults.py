@@ -25,10 +25,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks._record import ROOT, circumstances
+from benchmarks._record import ROOT, circumstances, write_study
 from benchmarks._text import table
 from benchmarks.digits_study.protocol import Images, enlarge, to_images
-from timm_structdrop.analysis import save_json
 from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import run_command
 from timm_structdrop.layers import DropCluster2d
@@ -40,7 +39,6 @@ from timm_structdrop.training import (
     Progress,
     RBlockTask,
     StructDropTask,
-    write_whole,
 )
 from timm_structdrop.training.rblock import has_fork
 from timm_structdrop.training.steps import tell_step
@@ -238,15 +236,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    output = Path(args.output)
     results = {
         **circumstances("benchmarks.defaults"),
         "runs": list(runs(CELLS, range(args.seeds))),
     }
-    save_json(results, output.with_suffix(".json"))
-    text = report(results)
-    write_whole(output.with_suffix(".md"), lambda file: file.write(text.encode()))
-    print(text)
+    write_study(results, report(results), Path(args.output))
 
 
 if __name__ == "__main__":

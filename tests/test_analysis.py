@@ -28,10 +28,6 @@ from timm_structdrop.analysis import (
     find_places,
     fit_clusters,
     hopkins_report,
-    output_folder,
-    save_csv,
-    save_json,
-    save_png,
     training_mask,
 )
 from timm_structdrop.analysis.cluster_study import (
@@ -45,6 +41,7 @@ from timm_structdrop.analysis.colours import colour_labels
 from timm_structdrop.analysis.maps import Place, watch_maps
 from timm_structdrop.cluster import rena, spatial_hopkins
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import output_folder, save_csv, save_json, save_png
 
 
 def smooth_images(n: int, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Tensor:

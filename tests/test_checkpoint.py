@@ -15,6 +15,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import write_whole
 from timm_structdrop.training import (
     Position,
     RunSaver,
@@ -23,7 +24,6 @@ from timm_structdrop.training import (
     find_resume,
     make_task,
     resume,
-    write_whole,
 )
 
 

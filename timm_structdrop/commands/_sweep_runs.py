@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import torch
 
-from timm_structdrop.analysis import save_json
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import save_json
 from timm_structdrop.recipes import Cell
 from timm_structdrop.training import find_resume, read_summary
 

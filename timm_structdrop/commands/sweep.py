@@ -18,7 +18,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from timm_structdrop.analysis import output_folder, save_json
 from timm_structdrop.commands._sweep_progress import SweepProgress
 from timm_structdrop.commands._sweep_report import (
     CellResult,
@@ -29,6 +28,7 @@ from timm_structdrop.commands._sweep_report import (
 )
 from timm_structdrop.commands._sweep_runs import TRAIN, Run, Runner
 from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.files import output_folder, save_json
 from timm_structdrop.recipes import Table, load_table, parse_with_sources, train_parser
 from timm_structdrop.recipes.parser import at_least
 from timm_structdrop.training.interrupt import StopRequest
