@@ -15,7 +15,6 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.files import write_whole
 from timm_structdrop.training import (
     Position,
     RunSaver,
@@ -385,12 +384,3 @@ def test_a_file_that_is_no_summary_is_an_error(tmp_path):
     path.write_text("name,age\nx,3\n")
     with pytest.raises(UserError, match=str(path)):
         SummaryFile(path)
-
-
-def test_other_errors_while_writing_keep_their_traceback(tmp_path):
-    def bug(file):
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        write_whole(tmp_path / "file", bug)
-    assert not list(tmp_path.iterdir())
