@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
+from filelock import lock_descriptor
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.files import save_json
@@ -235,15 +236,10 @@ def _what_happened(run: Run, code: int) -> str:
 
 def _lock(path: Path) -> IO[str] | None:
     """An open file that nobody else has locked; None if somebody has. The lock ends with the last
-    process that has the file open; without locks in the operating system it always succeeds."""
+    process that has the file open."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open, as the lock)
-    try:
-        fcntl: Any = __import__("fcntl")
-    except ImportError:
+    # a FileLock would keep its descriptor to itself, and the run could not hold it too
+    if lock_descriptor(file.fileno(), blocking=False):
         return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+    file.close()
+    return None
