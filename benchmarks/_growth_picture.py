@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from timm_structdrop.analysis.hopkins_figures import new_figure
+from timm_structdrop.analysis.figure import new_figure
 
 __all__ = ["draw_growth"]
 

@@ -13,7 +13,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,14 +259,11 @@ def _probed(
     def leave(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return mask(shifted(output) if has_bias else output)
 
-    handles = [module.register_forward_hook(leave)]
-    if not has_bias:
-        handles.append(module.register_forward_pre_hook(enter))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(module.register_forward_hook(leave))
+        if not has_bias:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
         yield biases
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _bernoulli(x: Tensor, rate: float) -> Tensor:

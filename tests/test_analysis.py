@@ -35,7 +35,7 @@ from timm_structdrop.analysis.cluster_study import (
     voronoi_cells,
     within_correlation,
 )
-from timm_structdrop.analysis.colours import colour_labels
+from timm_structdrop.analysis.clusters import colour_labels
 from timm_structdrop.analysis.maps import Place, watch_maps
 from timm_structdrop.cluster import rena, spatial_hopkins
 from timm_structdrop.errors import UserError

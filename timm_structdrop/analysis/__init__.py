@@ -1,19 +1,30 @@
 """Looking into a model: Hopkins reports, cluster maps, studies; numbers first, then pictures."""
 
-from timm_structdrop.analysis.cam_figures import draw_cams
-from timm_structdrop.analysis.cams import Cams, cam_place, class_activation_maps, compare_spread
-from timm_structdrop.analysis.cluster_figures import draw_cluster_maps, draw_training_mask
-from timm_structdrop.analysis.cluster_maps import (
+from timm_structdrop.analysis.cams import (
+    Cams,
+    cam_place,
+    class_activation_maps,
+    compare_spread,
+    draw_cams,
+)
+from timm_structdrop.analysis.cluster_study import ClusterStudy, cluster_study
+from timm_structdrop.analysis.clusters import (
     ClusterMaps,
     TrainingMask,
     cluster_maps,
+    draw_cluster_maps,
+    draw_training_mask,
     training_mask,
 )
-from timm_structdrop.analysis.cluster_study import ClusterStudy, cluster_study
 from timm_structdrop.analysis.corruption_figures import draw_corruption_curves
 from timm_structdrop.analysis.fitting import fit_clusters
-from timm_structdrop.analysis.hopkins_figures import draw_hopkins_histograms, draw_hopkins_map
-from timm_structdrop.analysis.hopkins_report import HopkinsReport, LayerHopkins, hopkins_report
+from timm_structdrop.analysis.hopkins import (
+    HopkinsReport,
+    LayerHopkins,
+    draw_hopkins_histograms,
+    draw_hopkins_map,
+    hopkins_report,
+)
 from timm_structdrop.analysis.maps import (
     LAYER_CHOICES,
     Place,
