@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import io
 import json
 import os
 import signal
@@ -266,6 +267,18 @@ def test_the_progress_names_cells_runs_and_the_time_left(fake, monkeypatch):
     now[0] += 50  # 25 of 40 epochs in 50 s
     line = progress.line(runs[1:2])
     assert line == "t  [1/2 cells, 2/4 runs]  dropblock, seed 0: 5 of 10 epochs  0:30 left"
+
+
+def test_the_progress_in_a_terminal_is_one_line(fake, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    cell = load_table("digits-regularizers").cells["none"]
+    progress = SweepProgress("t", [sweep_runs.Run(cell, 0, fake / "none" / "seed-0", 10)])
+    progress.show([], [])
+    progress.close()
+    assert terminal.getvalue() == "\r\x1b[2Kt  [0/1 cells, 0/1 \n"
 
 
 def test_numbers_come_without_matplotlib(fake, monkeypatch, capsys):
