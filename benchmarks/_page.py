@@ -6,15 +6,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks._record import ROOT
-from benchmarks._text import table
+from benchmarks._record import RESULTS, ROOT
+from benchmarks._text import table, versions
 from timm_structdrop.errors import UserError
 from timm_structdrop.files import save_json, save_png, save_text
 from timm_structdrop.training.progress import format_seconds
 
-__all__ = ["DOCUMENT", "RESULTS", "page", "read", "section", "summary", "with_summary", "write"]
+__all__ = ["DOCUMENT", "page", "read", "section", "summary", "with_summary", "write"]
 
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- speed: written by python -m benchmarks -->", "<!-- speed: end -->"
 
@@ -82,11 +81,11 @@ def page(results: Mapping[str, Any]) -> str:
 
 def introduction(results: Mapping[str, Any]) -> list[str]:
     """What was measured, where and how."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     warning = ["**A quick run: small sizes and few rounds; nothing to quote.**", ""]
     return [
         *(warning if results["quick"] else []),
-        f"`{results['command']}` on {results['date'][:10]}: {results['hardware']}; {versions}.",
+        f"`{results['command']}` on {results['date'][:10]}: {results['hardware']}; "
+        f"{versions(results)}.",
         "",
         "What is compared takes turns in one process, each round beginning with another one, and "
         "ratios are taken within a round, so that what else the machine does meets both: medians, "

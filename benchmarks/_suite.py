@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._page import RESULTS, read, section, write
-from benchmarks._record import circumstances
+from benchmarks._page import read, section, write
+from benchmarks._record import RESULTS, circumstances
 from benchmarks._settings import Settings
 from benchmarks._timing import one_thread
 from timm_structdrop.errors import UserError, run_command

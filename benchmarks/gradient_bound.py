@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._record import ROOT, circumstances, quietly_trained, write_study
-from benchmarks._text import table
+from benchmarks._record import add_output, circumstances, output_stem, quietly_trained, write_study
+from benchmarks._text import table, versions
 from timm_structdrop.analysis import Place, find_places
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.errors import UserError, run_command
@@ -293,12 +293,7 @@ def flags() -> argparse.ArgumentParser:
     add("--keep-prob", type=float, default=0.9, metavar="P", help="gamma (0.9)")
     add("--block-size", type=int, default=8, metavar="N", help="r of CamDrop (8)")
     add("--draws", type=int, default=4, metavar="N", help="masks of each kind (4)")
-    add(
-        "--output",
-        default=str(ROOT / "benchmarks" / "results" / "gradient-bound"),
-        metavar="PATH",
-        help="without .json and .md (benchmarks/results/gradient-bound)",
-    )
+    add_output(parser, "gradient-bound")
     return parser
 
 
@@ -338,9 +333,7 @@ def report(results: dict[str, Any]) -> str:
         f"`{results['command']}`: {facts['model']} trained on {facts['dataset']}, "
         f"{results['top1']:.1f} % of the {facts['num_images']} {facts['split']} images right; "
         f"gamma {results['keep_prob']:g}, r = {results['block_size']}, {results['draws']} masks of "
-        f"each kind; {results['hardware']}; "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ".",
+        f"each kind; {results['hardware']}; {versions(results)}.",
         "",
         "The paper: |dL/db| <= ||dS/db||(CamDrop) <= ||dS/db||(dropout) <= ||dS/db||. Each cell is "
         "the ratio of the means of the smaller to the larger norm, over images, biases and masks, "
@@ -390,9 +383,7 @@ def verdicts(places: list[dict[str, Any]], rescaled: bool) -> list[str]:
 def main() -> None:
     args = flags().parse_args()
     torch.set_num_threads(1)
-    output = Path(args.output)
-    if not output.parent.is_dir():
-        raise UserError(f"--output must be in a folder that is there; got {args.output}")
+    output = output_stem(args.output)
     subject = trained_subject(args)
     with torch.no_grad():
         device = next(subject.model.parameters()).device

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._record import ROOT, circumstances, quietly_trained
+from benchmarks._record import RESULTS, circumstances, output_stem, quietly_trained
 from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.errors import UserError, run_command
 from timm_structdrop.files import save_csv, save_json, save_png
@@ -215,9 +215,7 @@ def main() -> None:
             f"--gammas must be in (0, 1] and --rates above 0; got {args.gammas} and {args.rates}"
         )
     name = f"lr-gamma-{args.dataset.rpartition('/')[2]}"
-    output = Path(args.output or ROOT / "benchmarks" / "results" / name)
-    if not output.parent.is_dir():
-        raise UserError(f"--output must be in a folder that is there; got {args.output}")
+    output = output_stem(args.output or RESULTS / name)
     table = output.with_name(output.name + ".csv")
     rows = earlier_rows(args, table)
     cells = list(missing(args, rows))
