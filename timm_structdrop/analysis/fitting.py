@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis.maps import cluster_layers
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import DropCluster2d
+from timm_structdrop.models.modes import eval_mode
 
 __all__ = ["fit_clusters"]
 
@@ -56,14 +57,14 @@ def fit_clusters(model: nn.Module, images: Tensor, at: int = 0) -> dict[str, dic
 
     weight = next(model.parameters())
     with (
-        _unchanged(model),
+        eval_mode(model, [model]),  # for its flags; all of it is in training mode
+        _buffers_put_back(model),
         warnings.catch_warnings(record=True) as refusals,
         torch.no_grad(),
         ExitStack() as hooks,
     ):
         warnings.simplefilter("always")
         try:
-            model.train()
             for layer in layers.values():
                 layer.last_fit = None
                 layer.request_fit(at)
@@ -83,12 +84,11 @@ def fit_clusters(model: nn.Module, images: Tensor, at: int = 0) -> dict[str, dic
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put training flags and buffers back afterwards, except what a DropCluster layer has fitted.
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """Put buffers back afterwards, except what a DropCluster layer has fitted.
 
     So a forward pass in training mode does not move the running statistics of batch norms.
     """
-    training = [(module, module.training) for module in model.modules()]
     kept = [
         (buffer, buffer.clone())
         for module in model.modules()
@@ -98,8 +98,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
