@@ -1,6 +1,7 @@
 """python -m timm_structdrop sweep: runs, locks, kills and continuation, results and refusals."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -178,6 +179,15 @@ def test_a_run_is_locked_by_itself_too(fake, monkeypatch):
     runner = sweep_runs.Runner([run], [], 1, try_to_lock, lambda: len(free) == 2)
     runner.run()
     assert free == [None, None]
+
+
+def test_without_locks_on_files_a_sweep_says_so(fake, monkeypatch):
+    def refuse(descriptor: int, blocking: bool) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(sweep_runs, "lock_descriptor", refuse)
+    with pytest.raises(UserError, match=r"needs locks on files; .*seed-0.lock: No locks available"):
+        main(["sweep", *DIGITS, "--seeds", "1", "--output", str(fake)])
 
 
 def test_a_run_that_was_killed_is_named(fake, monkeypatch):

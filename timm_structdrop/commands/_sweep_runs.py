@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from filelock import lock_descriptor
 
-from timm_structdrop.errors import UserError
+from timm_structdrop.errors import UserError, one_line
 from timm_structdrop.files import save_json
 from timm_structdrop.recipes import Cell
 from timm_structdrop.training import find_resume, read_summary
@@ -236,10 +236,14 @@ def _what_happened(run: Run, code: int) -> str:
 
 def _lock(path: Path) -> IO[str] | None:
     """An open file that nobody else has locked; None if somebody has. The lock ends with the last
-    process that has the file open."""
+    process that has the file open. UserError where the file system has no locks."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open, as the lock)
-    # a FileLock would keep its descriptor to itself, and the run could not hold it too
-    if lock_descriptor(file.fileno(), blocking=False):
-        return file
+    try:
+        # a FileLock would keep its descriptor to itself, and the run could not hold it too
+        if lock_descriptor(file.fileno(), blocking=False):
+            return file
+    except OSError as error:
+        file.close()
+        raise UserError(f"a sweep needs locks on files; {path}: {one_line(error)}") from error
     file.close()
     return None
