@@ -207,6 +207,13 @@ def test_odd_text_survives_the_metadata():
     assert card.data.eval_results[0].dataset_name == name
 
 
+def test_facts_are_text_whatever_they_look_like():
+    odd = "{{ 7 * 7 }} <b> & {% if %} {# no #}"
+    text = card_of(timm.create_model("resnet8_dropblock"), facts={"recipe": odd, "command": odd})
+    assert f"| recipe | {odd} |" in text and code_blocks(text, "sh") == [f"{odd}\n"]
+    assert not re.search(r"\n\n\n| \n|None|Undefined", text) and text.endswith("```\n")
+
+
 @pytest.mark.parametrize("license", ["", "  ", "apache 2.0", "apache2", "Apache-2.0", None])
 def test_a_license_must_be_stated(license):
     with pytest.raises(UserError, match="license must be an identifier of the Hub"):

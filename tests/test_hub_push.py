@@ -19,9 +19,9 @@ from timm_structdrop.__main__ import main
 from timm_structdrop.commands._runs import read_run
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub import export_model, push_to_hub
+from timm_structdrop.hub.card import END, START, updated_readme
 from timm_structdrop.hub.export import layer_settings
 from timm_structdrop.hub.failures import hub_errors
-from timm_structdrop.hub.readme import END, START, updated_readme
 
 LENET = """
 torch.manual_seed(seed)

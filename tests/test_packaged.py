@@ -20,6 +20,7 @@ from timm_structdrop.__main__ import main
 from timm_structdrop.commands.package import circumstances, write_weights
 from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import UserError
+from timm_structdrop.hub.card import TEMPLATE
 from timm_structdrop.layers import DropCluster2d
 from timm_structdrop.models.packaged import FOLDER, packaged
 from timm_structdrop.recipes import parse_with_sources, train_parser
@@ -102,7 +103,7 @@ def test_they_are_in_the_wheel():
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["timm_structdrop"]
-    for file in FOLDER.iterdir():
+    for file in (*FOLDER.iterdir(), TEMPLATE):
         path = str(file.relative_to(ROOT / "timm_structdrop"))
         assert any(fnmatch.fnmatch(path, pattern) for pattern in patterns), path
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps, save_png
 from timm_structdrop.errors import UserError
-from timm_structdrop.hub.card import make_card
+from timm_structdrop.hub.card import make_card, updated_readme
 from timm_structdrop.hub.export import export_model, layer_settings
 from timm_structdrop.hub.failures import hub_errors, with_retries
 from timm_structdrop.hub.licenses import check_license
-from timm_structdrop.hub.readme import updated_readme
 
 __all__ = ["check_push", "push_to_hub"]
 
