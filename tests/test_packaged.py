@@ -16,8 +16,6 @@ from script import load_script
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import is_model_pretrained, save_for_hf
 
-from timm_structdrop.__main__ import main
-from timm_structdrop.commands.package import circumstances, write_weights
 from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card import TEMPLATE
@@ -26,6 +24,7 @@ from timm_structdrop.models.packaged import FOLDER, packaged
 from timm_structdrop.recipes import parse_with_sources, train_parser
 from timm_structdrop.recipes.command_line import training_command
 from timm_structdrop.recipes.tag_settings import with_tag_settings
+from tools.package import circumstances, main, write_weights
 
 PUBLISHED = {
     "lenet5_dropcluster",
@@ -234,7 +233,7 @@ def save_run(folder: Path, name: str = "lenet5_dropcluster", **flags) -> Path:
 
 def test_the_command_packages_a_run(tmp_path, capsys):
     run = save_run(tmp_path / "run", model_kwargs={"n_clusters": 6}, lr=0.01)
-    main(["package", str(run), "--output", str(tmp_path / "out"), "--hardware", "an abacus"])
+    main([str(run), "--output", str(tmp_path / "out"), "--hardware", "an abacus"])
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "lenet5_dropcluster.json",
         "lenet5_dropcluster.safetensors",
@@ -263,11 +262,11 @@ def test_the_command_refuses_what_is_no_training_of_a_variant(tmp_path):
         (tmp_path / "nothing", "existing file or folder"),
     ):
         with pytest.raises(UserError, match=message):
-            main(["package", str(run), "--output", str(tmp_path / "out")])
+            main([str(run), "--output", str(tmp_path / "out")])
     run = save_run(tmp_path / "b")
     (run / "args.yaml").unlink()
     with pytest.raises(UserError, match=r"needs the args.yaml"):
-        main(["package", str(run), "--output", str(tmp_path / "out")])
+        main([str(run), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -276,7 +275,7 @@ def test_a_failed_package_leaves_what_was_there(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lenet5_dropcluster.json").write_text("{}")
     with pytest.raises(UserError):
-        main(["package", str(run), "--output", str(tmp_path / "out")])
+        main([str(run), "--output", str(tmp_path / "out")])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["lenet5_dropcluster.json"]
 
 

@@ -1,7 +1,7 @@
 """Package a training's checkpoint: weights in half precision, and a JSON file of the facts.
 
-For those who release the package. The accuracy recorded is that of the file as it is written, on
-all images of the evaluated split. `python -m timm_structdrop card` makes the card from it.
+The accuracy recorded is that of the file as it is written, on all images of the evaluated split.
+`python -m tools.card` makes the card from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from timm_structdrop.analysis import cluster_places, hopkins_report, output_fold
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.commands._runs import training_facts
 from timm_structdrop.data import class_names, create_dataset
-from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.errors import UserError, nearest, run_command
 from timm_structdrop.evaluation import evaluate
 from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
@@ -38,15 +38,13 @@ from timm_structdrop.recipes import FlagParser
 from timm_structdrop.version import __version__
 from timm_structdrop.words import counted
 
-__all__ = ["add_flags", "run"]
-
 LIBRARIES = ("torch", "timm", "numpy", "scikit-learn")
 HOPKINS_IMAGES = 64
 BN_KEYS = ("bn_momentum", "bn_eps")  # flags that are settings of the model
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``python -m timm_structdrop package``."""
+def flag_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m tools.package", description=__doc__)
     add = parser.add_argument
     add("training", metavar="RUN", help="output folder of a training, or a checkpoint")
     add("--use-ema", action="store_true", help="its averaged weights")
@@ -54,10 +52,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--license", default="apache-2.0", metavar="ID", help="of the weights, as the Hub names it")
     add("--hardware", metavar="TEXT", help="what it was trained on; this machine if not given")
     add("--output", metavar="DIR", help="folder of the two files; the package's if not given")
+    return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Put a trained model and the facts about it into the package."""
+    args = flag_parser().parse_flags(argv)
     check_license(args.license)
     checkpoint = read_checkpoint(args.training, args.use_ema)
     name, trained = checkpoint.arch or "", checkpoint.args
@@ -198,3 +198,7 @@ def _loading(config: Mapping[str, Any]) -> dict[str, Any]:
         key: config[key]
         for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     }
+
+
+if __name__ == "__main__":
+    run_command(main)
