@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from timm_structdrop.analysis import cluster_places, hopkins_report, output_folder, save_json
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
-from timm_structdrop.commands._runs import training_facts
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest, run_command
 from timm_structdrop.evaluation import evaluate
@@ -35,6 +34,7 @@ from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.weights import read_checkpoint
 from timm_structdrop.recipes import FlagParser
+from timm_structdrop.recipes.trained import training_facts
 from timm_structdrop.version import __version__
 from timm_structdrop.words import counted
 
