@@ -85,29 +85,10 @@ def push_to_hub(
         known |= {"sha256": sha256, "picture": picture, "rate_saved": True}
         card = str(make_card(model, license=license, repo_id=repo_id, facts=known))
         with hub_errors("push to", repo_id):
-            with_retries(lambda: _make_repository(api, repo_id, private))
-            if revision is not None and revision != "main":
-                with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-
-            def commit() -> CommitInfo:
-                info = api.model_info(repo_id, revision=revision)
-                if private and not info.private:
-                    raise UserError(
-                        f"{repo_id} is public already: make it private on its page, or push to "
-                        "another name"
-                    )
-                existing = _existing_readme(api, info, Path(scratch))
-                text = updated_readme(existing, card).encode()
-                files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()}
-                return api.create_commit(
-                    repo_id,
-                    [CommitOperationAdd(*file) for file in sorted({**files, README: text}.items())],
-                    commit_message=commit_message,
-                    revision=revision,
-                    parent_commit=info.sha,
-                )
-
-            return with_retries(commit)
+            # as a whole: a commit in between changes the README that this one follows
+            return with_retries(
+                lambda: _commit(api, repo_id, folder, card, private, revision, commit_message)
+            )
 
 
 def check_push(repo_id: str, license: str, token: str | None = None) -> None:
@@ -137,19 +118,43 @@ def _rate(model: nn.Module) -> dict[str, float]:
     return {"drop_prob": rates.pop()} if len(rates) == 1 else {}
 
 
-def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
-    """Unless it is there."""
-    # a 409 whose answer does not say where what is there lies
-    with suppress(KeyError):
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    card: str,
+    private: bool | None,
+    revision: str | None,
+    message: str,
+) -> CommitInfo:
+    """One commit with the folder's files and the card, on top of what is there now."""
+    with suppress(KeyError):  # a 409 whose answer does not say where what is there lies
         api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and revision != "main":
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    info = api.model_info(repo_id, revision=revision)
+    if private and not info.private:
+        raise UserError(
+            f"{repo_id} is public already: make it private on its page, or push to another name"
+        )
+    readme = updated_readme(_existing_readme(api, info), card).encode()
+    files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()}
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(*file) for file in sorted({**files, README: readme}.items())],
+        commit_message=message,
+        revision=revision,
+        parent_commit=info.sha,
+    )
 
 
-def _existing_readme(api: HfApi, info: Any, scratch: Path) -> str | None:
+def _existing_readme(api: HfApi, info: Any) -> str | None:
     """The README of the commit that the new one will follow."""
     if README not in {file.rfilename for file in info.siblings or ()}:
         return None
-    path = api.hf_hub_download(info.id, README, revision=info.sha, cache_dir=scratch / "cache")
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    with TemporaryDirectory() as cache:
+        path = api.hf_hub_download(info.id, README, revision=info.sha, cache_dir=cache)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def _draw_clusters(model: nn.Module, path: Path, images: Tensor | None) -> str | None:
