@@ -90,6 +90,7 @@ def test_provenance(name):
     flags = parse_with_sources(train_parser(), words[2:])
     assert words[:2] == ["python", "train.py"] and "--seed" in words
     assert (flags.model, flags.seed, flags.epochs) == (name, facts["seed"], facts["epochs"])
+    assert flags.model_kwargs == facts["model_args"]
 
 
 def test_all_together_are_small():
