@@ -218,6 +218,8 @@ def test_half_precision_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(UserError, match=r"half precision.*big is not"):
         write_weights({"big": torch.tensor([70000.0])}, tmp_path / "w.safetensors")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"gone.*cannot be written"):
+        write_weights({"small": torch.tensor([7.0])}, tmp_path / "gone" / "w.safetensors")
 
 
 def save_run(folder: Path, name: str = "lenet5_dropcluster", **flags) -> Path:
@@ -260,6 +262,7 @@ def test_the_command_packages_a_run(tmp_path, capsys):
 def test_the_command_refuses_what_is_no_training_of_a_variant(tmp_path):
     for run, message in (
         (save_run(tmp_path / "a", name="resnet18"), "must be of a variant; .*resnet18"),
+        (save_run(tmp_path / "folder", dataset="", data_dir="images"), "trained on a folder"),
         (tmp_path / "nothing", "existing file or folder"),
     ):
         with pytest.raises(UserError, match=message):

@@ -20,6 +20,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import create_loader, resolve_model_data_config
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis import cluster_places, hopkins_report, output_folder, save_json
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.data import class_names, create_dataset
-from timm_structdrop.errors import UserError, nearest, run_command
+from timm_structdrop.errors import UserError, nearest, one_line, run_command
 from timm_structdrop.evaluation import evaluate
 from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
@@ -69,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not trained:
         raise UserError(
             f"a packaged checkpoint needs the args.yaml of its run; {args.training} has none"
+        )
+    if not trained.get("dataset"):
+        raise UserError(
+            "a packaged checkpoint must be of a data set that everybody has by its name, such as "
+            f"digits; {args.training} was trained on a folder"
         )
     folder = output_folder(args.output or FOLDER)
     subject = load_subject(_subject_flags(name, args))
@@ -150,7 +156,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Floating point in half precision, everything else as it is.
 
     Raises:
-        UserError: a weight is beyond the range of half precision.
+        UserError: a weight is beyond the range of half precision, or the file cannot be written.
     """
     halved = {}
     for key, value in state.items():
@@ -158,7 +164,10 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         halved[key] = value.half() if value.is_floating_point() else value.clone()
         if value.is_floating_point() and not bool(halved[key].isfinite().all()):
             raise UserError(f"weights must be within half precision, up to 65504; {key} is not")
-    save_file(halved, path, metadata={"format": "pt"})
+    try:
+        save_file(halved, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def file_figures(name: str, facts: Mapping[str, Any], weights: Path) -> dict[str, Any]:
