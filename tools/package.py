@@ -7,7 +7,6 @@ The accuracy recorded is that of the file as it is written, on all images of the
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import platform
 import shutil
@@ -30,6 +29,7 @@ from timm_structdrop.commands._images import Subject, add_subject_flags, load_su
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest, one_line, run_command
 from timm_structdrop.evaluation import evaluate
+from timm_structdrop.hub.export import file_sha256
 from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
@@ -89,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="package-", dir=folder) as temporary:
         weights = Path(temporary) / f"{name}.safetensors"
         write_weights(subject.model.state_dict(), weights)
-        content = weights.read_bytes()
-        facts |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        facts |= {"sha256": file_sha256(weights), "size": weights.stat().st_size}
         facts |= file_figures(name, facts, weights)
         save_json(facts, Path(temporary) / f"{name}.json")
         # safetensors makes files that only their owner can read

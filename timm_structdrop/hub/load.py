@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoSibling
 from safetensors import SafetensorError
@@ -117,21 +117,14 @@ def _resolve(api: HfApi, repo_id: str, revision: str) -> PushedFiles:
     try:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except (HTTPError, OSError) as error:
-        cached = _cached_commit(api, repo_id, revision) if is_away(error) else None
-        if cached is None:
+        cached = try_to_load_from_cache(repo_id, CONFIG, revision=revision)
+        if not is_away(error) or not isinstance(cached, str):
             raise
-        _logger.warning(f"The Hub cannot be reached: {repo_id} is taken from the cache, {cached}")
-        return PushedFiles(api, repo_id, cached)
+        commit = Path(cached).parent.name
+        _logger.warning(f"The Hub cannot be reached: {repo_id} is taken from the cache, {commit}")
+        return PushedFiles(api, repo_id, commit)
     listed = {file.rfilename: file for file in info.siblings or []}
     return PushedFiles(api, repo_id, str(info.sha), listed)
-
-
-def _cached_commit(api: HfApi, repo_id: str, revision: str) -> str | None:
-    try:
-        path = api.hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return Path(path).parent.name
 
 
 def _refuse_pickles(files: PushedFiles) -> None:

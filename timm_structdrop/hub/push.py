@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps, save_png
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card import make_card, updated_readme
-from timm_structdrop.hub.export import export_model, layer_settings
+from timm_structdrop.hub.export import export_model, shared_rate
 from timm_structdrop.hub.failures import hub_errors, with_retries
 from timm_structdrop.hub.licenses import check_license
 
@@ -81,7 +81,7 @@ def push_to_hub(
         labels = label_names if label_names is not None else (facts or {}).get("label_names")
         sha256 = export_model(model, folder, data_config=data_config, label_names=labels)
         picture = _draw_clusters(model, folder / PICTURE, images)
-        known = {"label_names": labels, **_rate(model), **(facts or {})}
+        known = {"label_names": labels, "drop_prob": shared_rate(model), **(facts or {})}
         known |= {"sha256": sha256, "picture": picture, "rate_saved": True}
         card = str(make_card(model, license=license, repo_id=repo_id, facts=known))
         with hub_errors("push to", repo_id):
@@ -110,12 +110,6 @@ def check_push(repo_id: str, license: str, token: str | None = None) -> None:
         check_license(license)
         if not (token or get_token()):
             raise LocalTokenNotFoundError
-
-
-def _rate(model: nn.Module) -> dict[str, float]:
-    """The rate that all regularizers share, as a fact; nothing where they differ."""
-    rates = {settings["drop_prob"] for _, settings in layer_settings(model)}
-    return {"drop_prob": rates.pop()} if len(rates) == 1 else {}
 
 
 def _commit(
