@@ -103,7 +103,7 @@ def report(results: dict[str, Any]) -> str:
                 continue
             none, camdrop = found["masks"]["none"], found["masks"]["camdrop"]
             row = [found["place"], f"{none['mean_norm']:.3f} +- {none['std_over_images']:.3f}"]
-            row.append(f"{100 * camdrop['dropped']:.1f} %")
+            row.append(f"{100 * camdrop['dropped']:.2f} %")
             for claim in found["claims"]:
                 row.append(
                     f"{claim['ratio']:.3f}, {claim['verdict']}, {100 * claim['share_holds']:.0f} %"

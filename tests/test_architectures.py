@@ -514,3 +514,29 @@ def test_other_input_sizes_work(name, size):
     for info, feature in zip(model.feature_info, maps, strict=True):
         for side, full in zip(feature.shape[2:], size, strict=True):
             assert 1 <= side <= math.ceil(full / info["reduction"])
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50_cifar"])
+@pytest.mark.parametrize("stem_pool", [False, True])
+def test_the_cifar_stem_keeps_timms_max_pool_if_asked_to(name, stem_pool):
+    model = timm.create_model(name, stem_pool=stem_pool).eval()
+    assert model.conv1.stride == (1, 1) and model.conv1.kernel_size == (3, 3)
+    theirs = timm.create_model(name.removesuffix("_cifar")).maxpool
+    assert repr(model.maxpool) == repr(theirs if stem_pool else nn.Identity())
+    plain = timm.create_model(name)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    sides = [32, 16, 8, 4, 2] if stem_pool else [32, 32, 16, 8, 4]
+    features = timm.create_model(name, stem_pool=stem_pool, features_only=True).eval()
+    assert [map_.shape[-1] for map_ in features(x)] == sides
+    assert [32 // reduction for reduction in features.feature_info.reduction()] == sides
+
+
+def test_the_max_pool_comes_back_with_an_export(tmp_path):
+    settings = {"stem_pool": True, "num_classes": 5, "drop_block_rate": 0.3}
+    model = timm.create_model("resnet18_cifar_rblock", **settings).eval()
+    assert isinstance(model.maxpool, nn.MaxPool2d)
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x))

@@ -24,6 +24,18 @@ CARDS = Path(__file__).parent.parent / "hfcards"
 NAMES = sorted(facts["name"] for facts in packaged().values())
 
 
+def test_a_card_says_where_the_layers_are():
+    for name, where in (
+        ("resnet20_camdrop", "convolutions and skips (before projection) of groups 1, 2 and 3"),
+        ("resnet20_rblock", "convolutions and skips of groups 2 and 3, fork in front of them"),
+    ):
+        card = card_of(timm.create_model(name))
+        (line,) = (line for line in card.splitlines() if line.startswith("In short: "))
+        assert line.endswith(f"...): {where}."), line
+    model = attach(timm.create_model("resnet18"), "dropcluster", modules=["act1"], img_size=64)
+    assert "one layer (`act1.dropcluster`): after act1." in card_of(model)
+
+
 def code_blocks(text: str, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 

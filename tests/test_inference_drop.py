@@ -118,12 +118,39 @@ def test_a_model_without_a_place(model):
         pass
 
 
+def test_gamma_is_exact_unless_the_papers_is_asked_for():
+    """Eq. (1) with keep 0.75 and block 5 on 12 x 14 maps, against what it keeps by counting."""
+    model, loader = OnesAndZeros(), ones(512)
+    model.drop.gamma_scale, model.drop.gamma = 1.0, "paper"
+    rate = 0.25 * 12 * 14 / (25 * 8 * 10)
+    covering = [sum(s <= i < s + 5 for s in range(8)) for i in range(12)]
+    across = [sum(s <= j < s + 5 for s in range(10)) for j in range(14)]
+    by_paper = sum((1 - rate) ** (n * m) for n in covering for m in across) / (12 * 14)
+    torch.manual_seed(2)
+    for text, expected in (
+        ("block=5,keep=0.75", 0.75),
+        ("block=5,gamma=paper,keep=0.75", by_paper),
+    ):
+        model.kept.clear()
+        with dropping(model, InferenceDrop.parse(text)) as layers:
+            evaluate(model, loader, active=layers)
+        kept = sum(model.kept) / len(model.kept)
+        assert kept == pytest.approx(expected, abs=5 * 0.2 / (512 * 3) ** 0.5)
+        assert model.drop.gamma == "paper"
+    assert by_paper > 0.78
+
+
 def test_settings_in_words():
     assert InferenceDrop.parse("block=7,keep=0.9") == InferenceDrop(7, 0.9)
     assert InferenceDrop.parse("keep=1, block=1") == InferenceDrop(1, 1.0)
+    assert InferenceDrop.parse("gamma=paper,keep=1,block=1") == InferenceDrop(1, 1.0, "paper")
+    with pytest.raises(UserError, match="gamma must be exact or paper; got papers"):
+        InferenceDrop.parse("block=7,keep=0.9,gamma=papers")
     wrong = ("", "7,0.9", "block=7", "block=7,keep=0.9,x=1", "block=x,keep=1", "block=7,block=7")
     for text in (*wrong, "block=7.5,keep=0.9"):
-        with pytest.raises(UserError, match="must be block=SIZE,keep=PROBABILITY; got"):
+        with pytest.raises(
+            UserError, match=r"must be block=SIZE,keep=PROBABILITY\[,gamma=paper\]; got"
+        ):
             InferenceDrop.parse(text)
     with pytest.raises(UserError, match="block must be an integer of at least 1; got 0"):
         InferenceDrop.parse("block=0,keep=0.9")

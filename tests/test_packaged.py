@@ -21,7 +21,9 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card import TEMPLATE
 from timm_structdrop.layers import DropCluster2d
 from timm_structdrop.models.packaged import FOLDER, packaged
-from timm_structdrop.recipes import parse_with_sources, train_parser
+from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.recipes import parse_with_sources, tag_settings, train_parser
 from timm_structdrop.recipes.command_line import training_command
 from timm_structdrop.recipes.tag_settings import with_tag_settings
 from tools.package import circumstances, main, write_weights
@@ -341,3 +343,19 @@ def test_images_that_had_no_say_in_the_choice_are_not_said_to_have_had_one():
     assert by_loss["selection"] is None and by_loss["split"] == "validation"
     usual = circumstances({"epochs": 3, "val_split": "test"}, "a machine")
     assert usual["selection"] == "the best of 3 epochs by top-1 on these images"
+
+
+def test_batch_norm_settings_of_a_tag_are_flags_of_their_own(monkeypatch):
+    facts = {**packaged()["resnet20_dropblock"], "model_args": {"bn_eps": 0.25, "block_size": 3}}
+    monkeypatch.setattr(tag_settings, "packaged", lambda: {"efficientnet_b0_dropblock": facts})
+    words = ["--model", "efficientnet_b0_dropblock.digits"]
+    flags = with_tag_settings(parse_with_sources(train_parser(), words))
+    assert (flags.bn_eps, flags.model_kwargs) == (0.25, {"block_size": 3})
+    flags = with_tag_settings(parse_with_sources(train_parser(), [*words, "--bn-eps", "0.5"]))
+    assert (flags.bn_eps, flags.model_kwargs) == (0.5, {"block_size": 3})
+
+    variant = variants["efficientnet_b0_dropblock"]
+    monkeypatch.setattr(type(variant), "_trained_with", lambda self, cfg: facts["model_args"])
+    model = variant.build(bn_eps=0.125)
+    assert model.bn1.eps == 0.125 and variant.build().bn1.eps == 0.25
+    assert {layer.block_size for layer in structdrop_layers(model)} == {3}

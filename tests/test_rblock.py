@@ -97,13 +97,73 @@ def test_a_forked_batch_goes_through_the_papers_masks(
     torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), x)[0])
 
 
-def dropped_fractions(sub_models, p, size, block_size, gamma=None, draws=40, batch=64):
+def rate_by_the_paper(gamma, p, size, block_size):
+    """Eqs. (6) and (7), the block cut to the map."""
+    (m, n), (rows, cols) = size, corner_and_size(size, block_size)
+    if gamma == "eq6":
+        return p / (rows * cols)
+    return m * n * p / (rows * cols * (m - rows + 1) * (n - cols + 1))
+
+
+@pytest.mark.parametrize("gamma", ["eq6", "paper"])
+@pytest.mark.parametrize(("size", "block_size"), MAPS)
+@pytest.mark.parametrize("seeds", ["valid", "all"])
+def test_bdropdml_by_either_equation_with_seeds_in_both_places(seeds, size, block_size, gamma):
+    batch, channels, p = 3, 6, 0.5
+    x = torch.randn(2 * batch, channels, *size)
+    rows, cols = corner_and_size(size, block_size)
+    torch.manual_seed(4)
+    places = size if seeds == "all" else (size[0] - rows + 1, size[1] - cols + 1)
+    rate = rate_by_the_paper(gamma, p, size, block_size)
+    r = torch.rand(batch, 1, *places)[:, 0] < rate
+    l1 = (torch.rand(batch, channels) < 0.5).float()
+    first, second = [], []
+    for b in range(batch):
+        if seeds == "valid":
+            pair = algorithm_1(r[b], l1[b], size, block_size)
+        else:  # blocks with the seeds as their middles, in the channels of l1 and of 1 - l1
+            pair = [algorithm_2(r[b], own, size, block_size)[0] for own in (l1[b], 1 - l1[b])]
+        first.append(pair[0])
+        second.append(pair[1])
+    torch.manual_seed(4)
+    out = r_block_2d(x, p, "bdropdml", block_size, gamma, forked=True, seeds=seeds)
+    torch.testing.assert_close(out, expected_output(x, first, second))
+    layer = RBlock2d(p, "bdropdml", block_size, gamma, seeds)
+    layer.begin_step(Step(forked=True))
+    torch.manual_seed(4)
+    assert torch.equal(layer(x), out)
+
+
+@pytest.mark.parametrize("gamma", ["eq6", "paper", "exact"])
+@pytest.mark.parametrize(("size", "block_size"), [((8, 8), 3), ((5, 9), 2), ((4, 3), 3)])
+def test_bdropdml_with_seeds_everywhere_drops_what_its_seed_rate_makes_it(size, block_size, gamma):
+    p, (height, width) = 0.4, size
+    before, after = (block_size - 1) // 2, block_size // 2
+    covered = p
+    if gamma != "exact":
+        rate, covered = rate_by_the_paper(gamma, p, size, block_size), 0.0
+        for i in range(height):
+            for j in range(width):
+                seeds_i = [s for s in range(height) if s - before <= i <= s + after]
+                seeds_j = [s for s in range(width) if s - before <= j <= s + after]
+                n = len(seeds_i) * len(seeds_j)
+                covered += (1 - (1 - rate) ** n) / (height * width)
+    settings = {"gamma": gamma, "seeds": "all"}
+    one, two, both = dropped_fractions("bdropdml", p, size, block_size, **settings)
+    bound = 5 * math.sqrt(covered / 2 / (40 * 64))
+    assert abs(one - covered / 2) < bound and abs(two - covered / 2) < bound
+    assert both == 0.0
+
+
+def dropped_fractions(
+    sub_models, p, size, block_size, gamma=None, draws=40, batch=64, seeds="valid"
+):
     """Fraction of zeros in each half, and of units that both drop, over many forked draws."""
     torch.manual_seed(0)
     x = torch.ones(2 * batch, 8, *size)
     one = two = both = 0.0
     for _ in range(draws):
-        out = r_block_2d(x, p, sub_models, block_size, gamma, forked=True) == 0
+        out = r_block_2d(x, p, sub_models, block_size, gamma, forked=True, seeds=seeds) == 0
         one += float(out[:batch].float().mean()) / draws
         two += float(out[batch:].float().mean()) / draws
         both += float((out[:batch] & out[batch:]).float().mean()) / draws
@@ -238,7 +298,7 @@ def test_the_rate_of_a_compiled_mask_is_that_of_an_eager_one(sub_models):
 class TestFork:
     def test_it_repeats_the_batch_in_training_while_asked(self):
         fork, x = Fork(), torch.randn(3, 2, 4, 5, requires_grad=True)
-        fork.forked = True
+        fork.begin_step(Step(forked=True))
         out = fork(x)
         assert torch.equal(out, torch.cat([x, x]))
         out.backward(torch.ones_like(out))
@@ -257,7 +317,7 @@ class TestFork:
 
     def test_it_keeps_channels_last(self):
         fork = Fork()
-        fork.forked = True
+        fork.begin_step(Step(forked=True))
         out = fork(torch.randn(2, 4, 5, 3).contiguous(memory_format=torch.channels_last))
         assert out.is_contiguous(memory_format=torch.channels_last)
 
@@ -303,7 +363,9 @@ class TestFork:
             {"sub_models": "bdropmdl"},
             r"sub_models must be one of sdropdml, .*; got 'bdropmdl' \(nearest: bdropdml",
         ),
-        ({"gamma": "eq7"}, r"gamma must be 'paper', 'exact' or None; got 'eq7'"),
+        ({"gamma": "eq7"}, r"gamma must be 'paper', 'eq6', 'exact' or None; got 'eq7'"),
+        ({"gamma": "eq6"}, r"gamma 'eq6' needs sub_models 'bdropdml'; got 'sdropdml'"),
+        ({"seeds": "some"}, r"seeds must be 'valid' or 'all'; got 'some'"),
         ({"block_size": 0}, r"block_size must be an integer of at least 1; got 0"),
         ({"drop_prob": 1.0}, r"drop_prob must be in \[0, 1\); got 1.0"),
     ],

@@ -14,6 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from timm_structdrop.__main__ import main
 from timm_structdrop.errors import UserError
+from timm_structdrop.evaluation import InferenceDrop
 from timm_structdrop.layers import CamDrop2d
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.models.structdrop_variants import variants
@@ -35,6 +36,7 @@ from timm_structdrop.recipes.build import (
 )
 from timm_structdrop.recipes.metric import is_of_a_run
 from timm_structdrop.recipes.packaged import read_table
+from timm_structdrop.recipes.validate_flags import validate_parser
 
 NAMES = recipe_names()
 CELLS = [name for name in NAMES if "/" in name]
@@ -199,6 +201,33 @@ def test_dropouts_best_rate_of_dropblock_table_1_is_in_figure_3():
 def test_dropblock_has_one_seed_rate_in_all_of_rblocks_tables():
     for name in (name for name in CELLS if name.startswith("rblock-") and "dropblock" in name):
         assert FLAGS[name].model_kwargs["gamma"] == "paper", name
+
+
+def test_rblocks_resnet_18_keeps_its_max_pool():
+    """The paper changes the first convolution alone: at 32 px the last group's maps are 2x2."""
+    names = [n for n in CELLS if n.startswith("rblock-") and FLAGS[n].model.startswith("resnet18")]
+    assert len(names) == 2 * 6 + 6
+    for name in names:
+        model = build_model(FLAGS[name])
+        assert model.conv1.stride == (1, 1) and model.conv1.kernel_size == (3, 3), name
+        assert model.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape[2:] == (2, 2), name
+
+
+@pytest.mark.parametrize(
+    ("table", "flag", "expected"),
+    [
+        ("dropblock-fig5", "drop_at_inference", [InferenceDrop(7, 0.9, "paper")]),
+        ("dropcluster-table5", "severities", (1,)),
+        ("camdrop-table7", "attack", "pgd"),
+    ],
+)
+def test_what_a_note_says_to_run_is_understood(table, flag, expected):
+    """The words behind ``validate.py``, up to a comma or what is neither a flag nor its value."""
+    words = load_table(table).note.split("validate.py ")[1].split(", ")[0].split()
+    said: list[str] = []
+    while words and (words[0].startswith("--") or said[-1].startswith("--")):
+        said.append(words.pop(0))
+    assert getattr(parse_with_sources(validate_parser(), said), flag) == expected
 
 
 def test_a_note_is_a_sentence_without_its_full_stop():

@@ -151,7 +151,7 @@ def test_several_models_share_one_file(tmp_path, capsys, monkeypatch):
         (["--attack", "pgd", "--model-dtype", "float16"], "bfloat16 or float32; got float16"),
         (["--seed", "-1"], "--seed must be at least 0; got -1"),
         (["--targeted"], "--targeted needs --attack; it is not given"),
-        (["--drop-at-inference", "7"], "it must be block=SIZE,keep=PROBABILITY; got '7'"),
+        (["--drop-at-inference", "7"], "keep=PROBABILITY[,gamma=paper]; got '7'"),
         (["--drop-at-inference", "block=7,keep=0"], "keep must be a probability in (0, 1]; got"),
         (["--corruptions", "fog", "--attack", "pgd"], "one at a time; got --corruptions and --att"),
         (["--corruptions", "fog", "--plot", "gone/c.png"], "--plot must be a .png file in an exi"),

@@ -11,7 +11,8 @@ import timm_structdrop
 from timm_structdrop.errors import UserError
 from timm_structdrop.models._architectures import architectures
 from timm_structdrop.models._trace import first_conv
-from timm_structdrop.models.placement import structdrop_layers
+from timm_structdrop.models.placement import structdrop_layers, where_in_words
+from timm_structdrop.models.slots import find_slots
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.timm_cnns import late_cell_norms
 
@@ -45,6 +46,65 @@ def test_every_architecture_has_every_regularizer_that_fits():
             assert timm.is_model(f"{name}_{regularizer}")
     assert "resnet110_stochasticdepth" in timm.list_models("*_stochasticdepth")
     assert not timm.is_model("lenet5_stochasticdepth")  # it has no residual branch to drop
+
+
+@pytest.mark.parametrize("name", architectures)
+def test_the_residual_architectures_are_those_with_residual_branches(name):
+    architecture = architectures[name]
+    with torch.device("meta"):
+        model = architecture.constructor()
+    slots = find_slots(model, architecture.cfg["input_size"][-2:])
+    assert architecture.residual == any(slot.kind == "last_conv" for slot in slots)
+    fits = architecture.regularizers is None and architecture.residual
+    assert timm.is_model(f"{name}_stochasticdepth") == fits
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet50_dropblock", "convolutions and skips of groups 3 and 4, gamma / 4 in group 3"),
+        ("resnet20_dropblock", "convolutions and skips of groups 2 and 3, gamma / 4 in group 2"),
+        ("efficientnet_b0_dropblock", "convolutions of groups 3 and 4, gamma / 4 in group 3"),
+        ("nasnetalarge_dropblock", "after 120 modules, cell_9.conv_prev_1x1.bn to cell_17."),
+        ("resnet20_camdrop", "convolutions and skips (before projection) of groups 1, 2 and 3"),
+        ("resnet50_camdrop", "convolutions and skips (before projection) of groups 3 and 4"),
+        ("resnet18_rblock", "convolutions and skips of groups 3 and 4, fork in front of them"),
+        ("resnet18_stochasticdepth", "residual branches of groups 1 to 4, one rate for all"),
+        ("resnet18_dropcluster", "stem convolution, before any pooling"),
+        ("vgg16_cifar_dropout", "convolutions of group 5"),
+    ],
+)
+def test_words_say_where_the_layers_are(name, words):
+    variant = variants[name]
+    with torch.device("meta"):
+        plain = variant.architecture.constructor()
+    size = variant.architecture.cfg["input_size"][-2:]
+    found = variant.where(plain, find_slots(plain, size))
+    assert found.startswith(words) and (found == words or "nasnet" in name)
+    if "nasnet" not in name:
+        assert where_in_words(build(name), variant.regularizer) == found
+
+
+def test_words_follow_what_is_asked_for():
+    model = build("resnet50_dropblock", stages=[4])
+    assert where_in_words(model, "dropblock") == "convolutions and skips of group 4"
+    model = build("resnet18_dropblock", where=["stem", "stage"], stages=[0, 4])
+    words = "stem convolution and ends of group 4, gamma / 4 in the stem"
+    assert where_in_words(model, "dropblock") == words
+    model = build("resnet18_rblock", sub_models="r-drop")
+    assert where_in_words(model, "rblock").startswith("features before the classifier")
+    timm_structdrop.attach(model, "dropcluster", modules=["act1"])
+    timm_structdrop.attach(model, "dropcluster", modules=["layer2"])
+    assert where_in_words(model, "dropcluster") == "after act1; after layer2"
+    assert where_in_words(model, "dropblock") is None
+    doc = timm.model_entrypoint("resnet20_camdrop").__doc__
+    assert doc.endswith("convolutions and skips (before projection) of groups 1, 2 and 3.")
+
+
+@pytest.mark.parametrize("nothing", [{"stages": ()}, {"where": ()}, {"modules": ()}])
+def test_a_variant_without_layers_is_refused(nothing):
+    with pytest.raises(UserError, match=r"must name at least one .*; got none"):
+        build("resnet8_dropblock", **nothing)
 
 
 def test_our_models_are_apart_from_timms():

@@ -8,11 +8,12 @@ from functools import cache
 
 import timm
 import torch
+from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import StructDropLayer, regularizers
 from timm_structdrop.models._architectures import architectures
-from timm_structdrop.models.placement import PLACEMENTS
+from timm_structdrop.models.slots import Slot, find_slots
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.recipes import (
     Cell,
@@ -69,7 +70,7 @@ def variants_table(pattern: str) -> str:
         rows.append(
             [
                 variant.name,
-                PLACEMENTS[variant.regularizer].summary,
+                variant.where(*_places(variant.architecture.name)),
                 f"{_parameters(variant.architecture.name) / 1e6:.2f}M",
                 f"{layer.default_drop_prob():g}",
                 " ".join(tags if len(chosen) == 1 else _first(tags)) or "-",
@@ -144,7 +145,18 @@ def layers_table(model_name: str) -> str:
 
 
 @cache
-def _parameters(architecture: str) -> int:
+def _plain(architecture: str) -> nn.Module:
+    """Without memory for its weights."""
     with torch.device("meta"):
-        model = architectures[architecture].constructor()
-    return sum(parameter.numel() for parameter in model.parameters())
+        return architectures[architecture].constructor()
+
+
+@cache
+def _places(architecture: str) -> tuple[nn.Module, list[Slot]]:
+    model = _plain(architecture)
+    height, width = architectures[architecture].cfg["input_size"][-2:]
+    return model, find_slots(model, (height, width))
+
+
+def _parameters(architecture: str) -> int:
+    return sum(parameter.numel() for parameter in _plain(architecture).parameters())

@@ -25,7 +25,7 @@ from timm_structdrop.hub.model_stats import (
     regularizer_uses,
 )
 from timm_structdrop.layers import regularizers
-from timm_structdrop.models.placement import PLACEMENTS
+from timm_structdrop.models.placement import where_in_words
 from timm_structdrop.models.structdrop_variants import variants
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def make_card(
         dataset=known.get("dataset_name") or known.get("dataset"),
         shows_digits=known.get("dataset") == "digits",
         **facts_of_model(model, uses, known),
-        regularizers=[facts_of_regularizer(use, known) for use in uses],
+        regularizers=[facts_of_regularizer(model, use, known) for use in uses],
         training=facts_of_training(known),
         **facts_of_evaluation(known),
         picture=known.get("picture", "clusters.png"),
@@ -191,11 +191,12 @@ def facts_of_model(
     }
 
 
-def facts_of_regularizer(use: RegularizerUse, facts: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of_regularizer(
+    model: nn.Module, use: RegularizerUse, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Where the regularizer sits, its settings, what it has learned."""
     paths = list(use.layers)
     shown = ", ".join(f"`{path}`" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-    placement = PLACEMENTS.get(use.name)
     rate = facts.get("drop_prob")
     rows = {"rate in training": [rate]} if rate is not None else {}
     rows |= {f"`{key}`": values for key, values in use.settings.items() if values != [None]}
@@ -214,7 +215,7 @@ def facts_of_regularizer(use: RegularizerUse, facts: Mapping[str, Any]) -> dict[
         "name": in_words(use.name),
         "summary": regularizers[use.name].summary,
         "layers": f"{len(paths)} layers ({shown})" if len(paths) > 1 else f"one layer ({shown})",
-        "placement": placement.summary if placement else None,
+        "where": where_in_words(model, use.name),
         "settings": {key: _values(values) for key, values in rows.items()},
         "clusters": clusters,
         "awaits_clusters": not clusters and bool(use.settings.get("n_clusters")),

@@ -34,20 +34,23 @@ def b_drop_dml(
     block_size: int = 3,
     gamma: str = "paper",
     device: torch.device | None = None,
+    seeds: str = "valid",
 ) -> Dropped:
     """Algorithm 1, BDropDML: the same blocks, in complementary channels.
 
-    Each sample has one mask of blocks, from seeds wherever a whole block fits, and each of its
-    channels belongs to sub model 1 or 2 by a fair coin; a sub model drops the blocks in its own
-    channels.
+    Each sample has one mask of blocks, and each of its channels belongs to sub model 1 or 2 by a
+    fair coin; a sub model drops the blocks in its own channels.
 
     Args:
         shape: (B, C, H, W) of the activations before the fork.
         drop_prob: p in [0, 1), a float or a 0-d tensor; the expected fraction of a map in blocks.
         block_size: side of the blocks; clamped to H and to W.
-        gamma: ``"paper"``: the seed rate of Eq. (7), which drops less than p because blocks
-            overlap; ``"exact"``: the seed rate that drops p.
+        gamma: the seed rate. ``"paper"``: Eq. (7), p H W / (b^2 (H - b + 1) (W - b + 1)) for blocks
+            of side b; ``"eq6"``: Eq. (6), p / b^2; both are for blocks that do not overlap, and
+            they do. ``"exact"``: the rate at which blocks cover p.
         device: where to draw.
+        seeds: ``"valid"``: wherever a whole block fits; ``"all"``: everywhere, as the algorithm is
+            written, blocks are cut at the border. Eq. (7) is of the first, Eq. (6) of the second.
 
     Returns:
         The dropped units of the 2B rows.
@@ -58,12 +61,15 @@ def b_drop_dml(
     rate: float | Tensor
     if gamma == "paper":
         rate = paper_rate(drop_prob, size, block_size)
+    elif gamma == "eq6":
+        rate = drop_prob / (block[0] * block[1])
     elif isinstance(drop_prob, Tensor):
-        rate = seed_rate_tensor(drop_prob, size, block_size)
+        rate = seed_rate_tensor(drop_prob, size, block_size, seeds)
     else:
-        rate = seed_rate(drop_prob, size, block_size)
-    fits = (batch, 1, height - block[0] + 1, width - block[1] + 1)
-    blocks = grow_blocks(_uniform(fits, device) < rate, block).squeeze(1)
+        rate = seed_rate(drop_prob, size, block_size, seeds)
+    places = size if seeds == "all" else (height - block[0] + 1, width - block[1] + 1)
+    drawn = _uniform((batch, 1, *places), device) < rate
+    blocks = grow_blocks(drawn, block, seeds).squeeze(1)
     first = _uniform((batch, channels), device) < 0.5
     return Dropped(torch.cat((first, ~first)), torch.cat((blocks, blocks)))
 

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from timm_structdrop.errors import nearest
 from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._check import check_drop_prob, check_integer, check_maps
+from timm_structdrop.layers._check import (
+    check_choice,
+    check_drop_prob,
+    check_integer,
+    check_maps,
+)
 from timm_structdrop.layers._fork import halves
 from timm_structdrop.layers._mask import drop_alike
 from timm_structdrop.layers._registry import register
@@ -18,6 +23,7 @@ __all__ = ["HEAD_SUB_MODELS", "SUB_MODELS", "RBlock2d", "r_block_2d"]
 
 HEAD_SUB_MODELS = ("r-drop", "c-drop")
 SUB_MODELS = ("sdropdml", "bdropdml", "r-dropblock", "r-spatialdropout", *HEAD_SUB_MODELS)
+SEEDS = ("valid", "all")
 
 
 def r_block_2d(
@@ -28,6 +34,7 @@ def r_block_2d(
     gamma: str | None = None,
     forked: bool = False,
     training: bool = True,
+    seeds: str = "valid",
 ) -> Tensor:
     """Drop the units of two sub models, sub model 1 in the first half of a forked batch.
 
@@ -55,12 +62,17 @@ def r_block_2d(
             specialising on it.
         sub_models: see above.
         block_size: side of the blocks; clamped to H and to W.
-        gamma: the seed rate of ``bdropdml`` and ``r-dropblock``: ``"paper"``: Eq. (7), which drops
-            less than said above because blocks overlap; ``"exact"``; None takes Eq. (7), which is
-            Algorithm 1's, for ``bdropdml`` and the exact rate for ``r-dropblock``.
+        gamma: the seed rate of ``bdropdml`` and ``r-dropblock``: ``"paper"``: Eq. (7),
+            p H W / (b^2 (H - b + 1) (W - b + 1)) for blocks of side b, which drops less than said
+            above because blocks overlap; ``"eq6"``, for ``bdropdml`` only: Eq. (6), p / b^2;
+            ``"exact"``; None takes ``"paper"`` for ``bdropdml``, whose algorithm allows Eq. (6) and
+            (7), and ``"exact"`` for ``r-dropblock``.
         forked: x holds the halves of both sub models; otherwise each sample goes through one of
             them, by a fair coin.
         training: if False, ``x`` is returned.
+        seeds: of ``bdropdml``: ``"valid"``: wherever a whole block fits, as in DropBlock, which
+            Eq. (7) is for; ``"all"``: everywhere, as Algorithm 1 is written, blocks are cut at the
+            border.
 
     Returns:
         The shape, dtype and memory format of ``x``.
@@ -71,7 +83,8 @@ def r_block_2d(
     """
     check_sub_models(sub_models)
     block_size = check_integer("block_size", block_size)
-    check_gamma(gamma)
+    check_gamma(gamma, sub_models)
+    check_choice("seeds", seeds, SEEDS)
     if not isinstance(drop_prob, Tensor):
         drop_prob = check_drop_prob(drop_prob)
         if torch.compiler.is_compiling():
@@ -93,7 +106,7 @@ def r_block_2d(
     batch, channels, height, width = x.shape
     shape = (batch // 2 if forked else batch, channels, height, width)
     if sub_models == "bdropdml":
-        dropped = b_drop_dml(shape, drop_prob, block_size, gamma or "paper", x.device)
+        dropped = b_drop_dml(shape, drop_prob, block_size, gamma or "paper", x.device, seeds)
     else:
         dropped = s_drop_dml(shape, drop_prob, block_size, x.device)
     return drop(x, dropped if forked else one_of_both(dropped))
@@ -113,14 +126,16 @@ def check_sub_models(sub_models: str) -> str:
     return sub_models
 
 
-def check_gamma(gamma: str | None) -> str | None:
-    """``gamma`` if it names a seed rate.
+def check_gamma(gamma: str | None, sub_models: str) -> str | None:
+    """``gamma`` if it names a seed rate of these sub models.
 
     Raises:
         ValueError: it does not.
     """
-    if gamma not in (None, "paper", "exact"):
-        raise ValueError(f"gamma must be 'paper', 'exact' or None; got {gamma!r}")
+    if gamma not in (None, "paper", "eq6", "exact"):
+        raise ValueError(f"gamma must be 'paper', 'eq6', 'exact' or None; got {gamma!r}")
+    if gamma == "eq6" and sub_models != "bdropdml":
+        raise ValueError(f"gamma 'eq6' needs sub_models 'bdropdml'; got {sub_models!r}")
     return gamma
 
 
@@ -149,7 +164,8 @@ class RBlock2d(StructDropLayer):
         sub_models: how the two sub models drop; ``r-drop`` and ``c-drop`` are meant for the
             features before the classifier, of any shape.
         block_size: side of the blocks; clamped to the map.
-        gamma: the seed rate, ``"paper"`` (Eq. 7), ``"exact"`` or None.
+        gamma: the seed rate, ``"paper"`` (Eq. 7), ``"eq6"``, ``"exact"`` or None.
+        seeds: where seeds of ``bdropdml`` may be, ``"valid"`` or ``"all"``.
 
     Raises:
         ValueError: a setting is out of range or unknown.
@@ -161,11 +177,13 @@ class RBlock2d(StructDropLayer):
         sub_models: str = "sdropdml",
         block_size: int = 3,
         gamma: str | None = None,
+        seeds: str = "valid",
     ) -> None:
         super().__init__(drop_prob)
         self.sub_models = check_sub_models(sub_models)
         self.block_size = check_integer("block_size", block_size)
-        self.gamma = check_gamma(gamma)
+        self.gamma = check_gamma(gamma, sub_models)
+        self.seeds = check_choice("seeds", seeds, SEEDS)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -173,4 +191,12 @@ class RBlock2d(StructDropLayer):
         forked = self.current_step().forked
         if self.is_off():
             return x
-        return r_block_2d(x, self.live_rate(), self.sub_models, self.block_size, self.gamma, forked)
+        return r_block_2d(
+            x,
+            self.live_rate(),
+            self.sub_models,
+            self.block_size,
+            self.gamma,
+            forked,
+            seeds=self.seeds,
+        )

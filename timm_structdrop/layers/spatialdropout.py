@@ -15,6 +15,8 @@ __all__ = ["SpatialDropout2d", "spatial_dropout_2d"]
 def spatial_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool = True) -> Tensor:
     """Zero each channel of each sample with probability p, divide the others by 1 - p.
 
+    On 1x1 maps this and the dropout of units are one method.
+
     Args:
         x: activations (B, C, H, W).
         drop_prob: p in [0, 1). A 0-d tensor, which is not checked, keeps ``torch.compile`` from

@@ -33,6 +33,8 @@ class Architecture:
         placements: by regularizer, arguments of `place` that differ from its default placement, or
             a function of the plain model that returns them.
         feature_cls: timm's wrapper for `features_only` models; None for its default.
+        residual: it has residual branches with a place at their ends (slots of kind `last_conv`),
+            which is what StochasticDepth needs.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Architecture:
     regularizers: tuple[str, ...] | None = None
     placements: Mapping[str, PlacementChange] = field(default_factory=dict)
     feature_cls: str | None = None
+    residual: bool = False
 
     def default_cfgs(self, variant: str) -> dict[str, PretrainedCfg]:
         """What `timm.models.generate_default_cfgs` needs to know of a variant of this architecture.
@@ -75,6 +78,7 @@ def register_architecture(
     regularizers: tuple[str, ...] | None = None,
     placements: Mapping[str, PlacementChange] | None = None,
     feature_cls: str | None = None,
+    residual: bool = False,
 ) -> Architecture:
     """Enter an architecture into :data:`architectures`; the arguments are its attributes.
 
@@ -102,6 +106,7 @@ def register_architecture(
         regularizers,
         placements or {},
         feature_cls,
+        residual,
     )
     return architectures[name]
 

@@ -37,6 +37,7 @@ def slots_of_kinds(
     stages: Sequence[int] | None,
     last_stages: int,
     img_size: tuple[int, int],
+    found: Sequence[Slot] | None = None,
 ) -> list[Slot]:
     """The slots of these kinds in these stages.
 
@@ -47,17 +48,21 @@ def slots_of_kinds(
         stages: numbers of stages; None for the ``last_stages`` that have such a slot.
         last_stages: how many, counted from the deepest; 0 means all.
         img_size: (H, W) of the forward pass that finds the slots.
+        found: all slots of the model, where they are known; then it does not run.
 
     Raises:
         UserError: an unknown kind or stage, or there is no such slot.
     """
     kinds = (kinds,) if isinstance(kinds, str) else kinds
+    if not kinds:
+        raise UserError("where must name at least one kind; got none")
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"where must name kinds of {', '.join(KINDS)}; got {kind!r}")
-    if tuple(kinds) == ("stem",):
-        return [stem_slot(model, img_size)]
-    slots = [slot for slot in find_slots(model, img_size) if slot.kind in kinds]
+    if found is None:
+        only_stem = tuple(kinds) == ("stem",)
+        found = [stem_slot(model, img_size)] if only_stem else find_slots(model, img_size)
+    slots = [slot for slot in found if slot.kind in kinds]
     have = sorted({slot.stage for slot in slots})
     if not slots:
         raise UserError(
@@ -67,6 +72,8 @@ def slots_of_kinds(
     if stages is not None and not isinstance(stages, Iterable):
         raise UserError(f"stages must be a list of numbers; got {stages!r}")
     wanted = have[-last_stages:] if stages is None else list(stages)
+    if not wanted:
+        raise UserError("stages must name at least one stage; got none")
     for stage in wanted:
         if stage not in have:
             raise UserError(

@@ -126,11 +126,14 @@ class CifarResNet(StagedNet):
 class CifarStemResNet(ResNet):
     """timm's ResNet for 32 x 32 images: `conv1` is 3x3 with stride 1, `maxpool` does nothing.
 
-    Every other name and shape is timm's, so all of timm's weights but `conv1` fit.
+    Every other name and shape is timm's, so all of timm's weights but `conv1` fit. R-Block's paper
+    says that it changes "the first convolutional layer" only, which leaves the max-pool in its
+    place: `stem_pool`. Most of the literature takes both out, as is done here without it.
 
     Args:
         block: timm's `BasicBlock` or `Bottleneck`.
         layers: blocks in each of the four groups.
+        stem_pool: keep timm's 3x3 max-pool with stride 2, which halves all maps behind the stem.
         **kwargs: keywords of timm's ResNet, except those of its stem.
     """
 
@@ -140,6 +143,7 @@ class CifarStemResNet(ResNet):
         layers: tuple[int, ...],
         num_classes: int = 10,
         in_chans: int = 3,
+        stem_pool: bool = False,
         device: Any = None,
         dtype: Any = None,
         **kwargs: Any,
@@ -157,9 +161,10 @@ class CifarStemResNet(ResNet):
         )
         self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False, **dd)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
+        if not stem_pool:
+            self.maxpool = nn.Identity()
         for feature in self.feature_info:
-            feature["reduction"] = max(1, feature["reduction"] // 4)
+            feature["reduction"] = max(1, feature["reduction"] // (2 if stem_pool else 4))
 
 
 for _depth in (8, 14, 20, 32, 44, 56, 110):
@@ -170,6 +175,7 @@ for _depth in (8, 14, 20, 32, 44, 56, 110):
         summary=f"He et al.'s CIFAR ResNet-{_depth}: widths 16/32/64, parameter-free shortcuts",
         out_indices=(0, 1, 2, 3),
         placements={"camdrop": {"stages": (1, 2, 3), "block_size": 8}},
+        residual=True,
     )
 
 for _depth, _block, _layers in (
@@ -181,5 +187,6 @@ for _depth, _block, _layers in (
         f"resnet{_depth}_cifar",
         partial(CifarStemResNet, block=_block, layers=_layers),
         cfg=small_cfg((4, 4), paper_ids="arXiv:1512.03385"),
-        summary=f"ResNet-{_depth} with a 3x3 stride-1 stem and no max-pool",
+        summary=f"ResNet-{_depth} with a 3x3 stride-1 stem and, unless stem_pool, no max-pool",
+        residual=True,
     )

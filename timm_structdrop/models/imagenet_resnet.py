@@ -20,4 +20,5 @@ for _name, _block, _layers in (
         partial(ResNet, block=_block, layers=_layers),
         timm_name=_name,
         summary=f"timm's {_name}: 7x7 stride-2 stem and max-pool",
+        residual=True,
     )

@@ -15,6 +15,7 @@ from timm_structdrop.layers import RBlock2d, StructDropLayer, regularizers
 from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
 from timm_structdrop.models._reset import keep_on_reset
 from timm_structdrop.models._trace import map_shape
+from timm_structdrop.models._where import groups_in_words, kinds_in_words, slots_in_words
 from timm_structdrop.models.forking import (
     head_slot,
     insert_fork,
@@ -32,6 +33,7 @@ __all__ = [
     "place",
     "set_drop_prob",
     "structdrop_layers",
+    "where_in_words",
 ]
 
 PLACEMENT_KEYWORDS = ("stages", "where", "modules", "img_size")
@@ -44,43 +46,57 @@ class Placement:
     Attributes:
         where: kinds of slots, see :mod:`timm_structdrop.models.slots`.
         last_stages: how many stages, counted from the deepest; 0 means all.
-        summary: the same in words.
-        early: settings of the layers in all but the deepest of these stages.
+        note: what else there is to say of the layers.
+        early: settings of the layers in all but the deepest stage of the network.
+        early_words: the same in words.
         schedule: the paper's drop schedule, a shape of
             :class:`timm_structdrop.training.DropSchedule`.
     """
 
     where: tuple[str, ...]
     last_stages: int
-    summary: str
+    note: str = ""
     early: tuple[tuple[str, Any], ...] = ()
+    early_words: str = ""
     schedule: str = "constant"
+
+    @property
+    def summary(self) -> str:
+        """The rule in words, whatever the network."""
+        known = {0: "", 1: " of the last group", 2: " of the last two groups"}
+        of = known.get(self.last_stages, f" of the last {self.last_stages} groups")
+        early = f"{self.early_words} in all but the last group" if self.early else ""
+        return ", ".join(filter(None, (kinds_in_words(self.where) + of, early, self.note)))
+
+    def words(self, model: nn.Module, slots: Sequence[Slot]) -> str:
+        """Where the layers in these slots of a model are, and what else there is to say."""
+        stages = sorted({slot.stage for slot in slots if self.is_early(model, slot)})
+        early = f"{self.early_words} in {groups_in_words(stages)}" if stages else ""
+        return ", ".join(filter(None, (slots_in_words(slots), early, self.note)))
+
+    def is_early(self, model: nn.Module, slot: Slot) -> bool:
+        """Whether a layer there has the settings ``early``."""
+        if not self.early or slot.kind in ("module", "stage"):
+            return False
+        return slot.stage < max(stage_modules(model))
 
 
 PLACEMENTS: dict[str, Placement] = {
-    "dropcluster": Placement(("stem",), 0, "stem convolution, before any pooling"),
+    "dropcluster": Placement(("stem",), 0),
     "dropblock": Placement(
         ("conv", "last_conv", "skip"),
         2,
-        "convolutions and skips of the last two groups, gamma / 4 in the first",
         early=(("gamma_scale", 0.25),),
+        early_words="gamma / 4",
         schedule="linear",
     ),
-    "camdrop": Placement(
-        ("skip_in", "conv", "last_conv"),
-        2,
-        "convolutions and skips (before projection) of the last two groups",
-    ),
-    "dropout": Placement(("conv", "last_conv"), 1, "convolutions of the last group"),
-    "spatialdropout": Placement(("conv", "last_conv"), 1, "convolutions of the last group"),
-    "rblock": Placement(
-        ("conv", "last_conv", "skip"),
-        2,
-        "convolutions and skips of the last two groups, fork in front of them",
-    ),
-    "stochasticdepth": Placement(("last_conv",), 0, "every residual branch, one rate for all"),
+    "camdrop": Placement(("skip_in", "conv", "last_conv"), 2),
+    "dropout": Placement(("conv", "last_conv"), 1),
+    "spatialdropout": Placement(("conv", "last_conv"), 1),
+    "rblock": Placement(("conv", "last_conv", "skip"), 2, "fork in front of them"),
+    "stochasticdepth": Placement(("last_conv",), 0, "one rate for all"),
 }
-OTHERS = Placement(("conv",), 1, "convolutions of the last group")
+OTHERS = Placement(("conv",), 1)
 
 
 def place(
@@ -137,10 +153,9 @@ def place(
         slots = slots_of_kinds(model, name, kinds, stages, default.last_stages, size)
     else:
         slots = slots_after(model, modules)
-    early = dict(default.early) if modules is None else {}
     if drop_prob is not None:
         settings["drop_prob"] = drop_prob
-    built = _build(layer, model, slots, early, settings, size)
+    built = _build(layer, model, slots, default, settings, size)
     register_notrace_module(layer)  # FX cannot follow the branches that it takes
     for slot, module in built:
         module.train(model.training)
@@ -148,22 +163,34 @@ def place(
     if issubclass(layer, RBlock2d):
         insert_fork(model, slots, size)
     keep_on_reset(model, built)
+    _note_where(model, name, default.words(model, slots))
     return model
+
+
+def where_in_words(model: nn.Module, name: str) -> str | None:
+    """Where in a model :func:`place` has put a regularizer; None where it has not."""
+    placed: dict[str, str] = getattr(model, "_where_placed", {})
+    return placed.get(name)
+
+
+def _note_where(model: nn.Module, name: str, words: str) -> None:
+    before = where_in_words(model, name)
+    noted = {**getattr(model, "_where_placed", {}), name: f"{before}; {words}" if before else words}
+    model._where_placed = noted  # type: ignore[assignment]
 
 
 def _build(
     layer: type[StructDropLayer],
     model: nn.Module,
     slots: Sequence[Slot],
-    early: dict[str, Any],
+    default: Placement,
     settings: dict[str, Any],
     img_size: tuple[int, int],
 ) -> list[tuple[Slot, StructDropLayer]]:
-    """A layer for each slot; in all but the deepest stage with the settings ``early`` as well."""
-    deepest = max(stage_modules(model)) if early else 0
+    """A layer for each slot; the early ones with the settings that the placement has for them."""
     built = []
     for slot in slots:
-        own = early if slot.stage < deepest and slot.kind != "stage" else {}
+        own = dict(default.early) if default.is_early(model, slot) else {}
         shape = _map_shape(layer, model, slot, img_size)
         try:
             built.append((slot, layer.build(*shape, **{**own, **settings})))

@@ -9,6 +9,9 @@ A slot is a place in the forward pass. Kinds:
 - ``skip``: on the skip connection of a residual block, after its projection where there is one;
 - ``stage``: at the end of a stage.
 
+These can be asked for by kind. Two more kinds are of slots that are found otherwise: ``module``,
+after a module that is named, and ``head``, before the classifier.
+
 Stages are the papers' groups: ``layer1``, ``layer2``, ... where a network names them so (timm's
 ResNets, the small ones here), and elsewhere 1 to 4 for the maps at 1/4, 1/8, 1/16 and 1/32 of the
 image. Stage 0 is the stem.
@@ -42,8 +45,8 @@ class Slot:
 
     Attributes:
         path: name of the module in the model.
-        kind: one of :data:`KINDS`.
-        stage: number of the stage, 0 for the stem.
+        kind: one of :data:`KINDS`, ``module`` or ``head``.
+        stage: number of the stage; 0 for the stem, ``module`` and ``head``.
     """
 
     path: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,11 @@ from torch import nn
 from timm_structdrop.errors import UserError, nearest, unexpected_keyword
 from timm_structdrop.layers import regularizers
 from timm_structdrop.models._architectures import Architecture, architectures
+from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
+from timm_structdrop.models._where import groups_in_words
 from timm_structdrop.models.packaged import check_file, packaged, packaged_cfg
 from timm_structdrop.models.placement import PLACEMENT_KEYWORDS, PLACEMENTS, place
+from timm_structdrop.models.slots import Slot
 
 __all__: list[str] = []  # timm's register_model adds the entrypoints
 
@@ -91,8 +94,7 @@ class Variant:
                 unknown = unexpected_keyword(error)
                 hint = nearest(unknown[1], self.keywords()) if unknown else ""
                 raise TypeError(f"{error}{hint}") from error
-            change = self.architecture.placements.get(self.regularizer, {})
-            usual = dict(change(model) if callable(change) else change)
+            usual = self.placement(model)
             if "stages" in own or "where" in own:
                 usual.pop("modules", None)
             return place(model, self.regularizer, **{"drop_prob": rate, **usual, **own})
@@ -111,6 +113,41 @@ class Variant:
         # timm's exports read this attribute: they name the settings that came with the tag
         model._model_args = trained_with
         return model
+
+    def placement(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments of :func:`~timm_structdrop.models.placement.place` in which the architecture,
+        of which ``model`` is one, differs from the regularizer's default placement."""
+        change = self.architecture.placements.get(self.regularizer, {})
+        return dict(change(model) if callable(change) else change)
+
+    def summary(self) -> str:
+        """The rule of the placement in words; `where` says what it comes to."""
+        change = self.architecture.placements.get(self.regularizer, {})
+        usual = PLACEMENTS[self.regularizer]
+        if callable(change):
+            return f"where {change.__module__.rpartition('.')[2]}.{change.__name__} puts it"
+        if "stages" in change:
+            usual = replace(usual, last_stages=0)
+            return f"{usual.summary} of {groups_in_words(change['stages'])}"
+        return usual.summary
+
+    def where(self, model: nn.Module, found: Sequence[Slot]) -> str:
+        """Where the layers are, in words.
+
+        Args:
+            model: the plain architecture, on any device.
+            found: its slots.
+        """
+        change = self.placement(model)
+        usual = PLACEMENTS[self.regularizer]
+        if "modules" in change:
+            return usual.words(model, slots_after(model, change["modules"]))
+        size = image_size(model, self.architecture.cfg["input_size"][-2:])
+        stages = change.get("stages")
+        slots = slots_of_kinds(
+            model, self.regularizer, usual.where, stages, usual.last_stages, size, found
+        )
+        return usual.words(model, slots)
 
     def _chosen_cfg(self, pretrained: bool, asked: Any) -> PretrainedCfg:
         """The cfg that is asked for: itself, by its tag, or the default.
@@ -151,7 +188,7 @@ def _fits(architecture: Architecture, name: str) -> bool:
         return False
     if architecture.regularizers is not None:
         return name in architecture.regularizers
-    return name not in RESIDUAL_ONLY or architecture.name.startswith("resnet")
+    return name not in RESIDUAL_ONLY or architecture.residual
 
 
 variants = {
@@ -175,8 +212,8 @@ def _entrypoint(variant: Variant) -> Callable[..., nn.Module]:
 
     build.__name__ = build.__qualname__ = variant.name
     build.__doc__ = (
-        f"{variant.architecture.summary}, with {variant.regularizer}: "
-        f"{PLACEMENTS[variant.regularizer].summary}."
+        f"{variant.architecture.summary}, with {variant.regularizer} by the rule: "
+        f"{variant.summary()}."
     )
     return register_model(build)
 

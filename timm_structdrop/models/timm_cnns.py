@@ -1,7 +1,8 @@
 """Other timm CNNs that are registered with DropBlock; ``attach`` reaches all the rest.
 
 ConvNeXt, EfficientNet, RegNet and DenseNet take DropBlock where the paper has it in a ResNet: after
-every convolution and on the skips of the stages at 1/16 and 1/32, gamma / 4 in the first of them.
+every convolution of the stages at 1/16 and 1/32, in ConvNeXt and RegNet on the skips as well (those
+of the others are no modules), gamma / 4 in the first of them.
 NASNet-A stands in for the paper's AmoebaNet-B, the nearest network timm has (Section 4.1.2).
 """
 
@@ -53,4 +54,5 @@ for _name, _features in (
         regularizers=("dropblock",),
         placements={"dropblock": late_cell_norms} if _name == "nasnetalarge" else None,
         feature_cls="getter",
+        residual=_name in ("convnext_tiny", "efficientnet_b0", "regnety_032"),
     )

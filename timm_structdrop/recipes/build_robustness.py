@@ -165,10 +165,10 @@ def _drop_at_inference(subject: Subject) -> dict[str, Any]:
     flags = subject.flags
     progress = _overall(subject, 1 + len(flags.drop_at_inference))
     progress.title = "No dropping"
-    off = {"block_size": "", "keep_prob": 1.0}
+    off = {"block_size": "", "keep_prob": 1.0, "gamma": ""}
     rows = [_row(subject, off, _figures(subject, progress))]
     for drop in flags.drop_at_inference:
-        progress.title = f"Block {drop.block_size}, keep {drop.keep_prob:g}"
+        progress.title = f"Block {drop.block_size}, keep {drop.keep_prob:g}, {drop.gamma}"
         random_seed(flags.seed)
         with dropping(subject.model, drop) as layers:
             rows.append(_row(subject, asdict(drop), _figures(subject, progress, active=layers)))
@@ -176,7 +176,8 @@ def _drop_at_inference(subject: Subject) -> dict[str, Any]:
     for row in rows:
         row["dropping"] = subject.note
         block = f"block {row['block_size']:>3}" if row["block_size"] else "no dropping"
-        _logger.info(f" * {block:11} keep {row['keep_prob']:<5g} Acc@1 {row['top1']:.3f}")
+        setting = f"keep {row['keep_prob']:<5g} {row['gamma']:5}"
+        _logger.info(f" * {block:11} {setting} Acc@1 {row['top1']:.3f}")
     return {**_head(subject, rows[0]), "dropping": subject.note, "rows": rows}
 
 

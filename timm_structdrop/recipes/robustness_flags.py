@@ -77,7 +77,8 @@ def add_robustness_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_parsed_by(InferenceDrop.parse),
         metavar="block=SIZE,keep=P",
-        help="switch DropBlock on (and into the model, if it has none); may be repeated",
+        help="switch DropBlock on (and into the model, if it has none); with ,gamma=paper at the "
+        "paper's seed rate, by which large blocks drop less than 1 - P; may be repeated",
     )
 
 
