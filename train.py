@@ -35,6 +35,7 @@ from timm_structdrop.errors import (
     one_line,
     run_command,
 )
+from timm_structdrop.files import save_text
 from timm_structdrop.hub import RunPushes, check_push
 from timm_structdrop.models.hanging import convert_sync_batchnorm
 from timm_structdrop.recipes import parse_with_sources, train_parser
@@ -62,7 +63,6 @@ from timm_structdrop.training import (
     fit,
     resume,
     seed_everything,
-    write_whole,
 )
 from timm_structdrop.words import counted
 
@@ -230,7 +230,7 @@ def prepare_output(
     where another figure ranked the epochs before, the search for the best begins anew."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(loop.run.settings), default_flow_style=False)
-    write_whole(folder / "args.yaml", lambda file: file.write(text.encode()))
+    save_text(text, folder / "args.yaml")
     loop.summary = SummaryFile(folder / "summary.csv", start.epoch)
     if checkpoint is not None and loop.saver is not None and ranking_of(content) == loop.ranking:
         loop.saver.restore(content, checkpoint)

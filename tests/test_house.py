@@ -14,6 +14,7 @@ ROOMS = [
     "version",
     "errors",
     "words",
+    "files",
     "cluster",
     "layers",
     "models",

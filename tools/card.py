@@ -13,19 +13,13 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from timm_structdrop.analysis import (
-    cluster_layers,
-    cluster_maps,
-    draw_cluster_maps,
-    output_folder,
-)
-from timm_structdrop.analysis.files import PNG_DPI
+from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps
 from timm_structdrop.data import create_dataset
 from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.files import output_folder, save_png, save_text
 from timm_structdrop.hub.card import make_card
 from timm_structdrop.models.packaged import packaged
 from timm_structdrop.recipes import FlagParser
-from timm_structdrop.training import write_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -87,14 +81,10 @@ def write_stale(folder: Path) -> Iterator[Path]:
         output_folder(path.parent)
         model = _model(name)
         if path.name == README:
-            write_card(packaged_card(model_name, model), path)
+            save_text(str(packaged_card(model_name, model)), path)
         else:
             draw_picture(model, path)
         yield path
-
-
-def write_card(card: ModelCard, path: Path) -> None:
-    write_whole(path, lambda file: file.write(str(card).encode()))
 
 
 def packaged_card(model_name: str, model: nn.Module) -> ModelCard:
@@ -127,11 +117,7 @@ def draw_picture(model: nn.Module, path: Path) -> None:
     transform = create_transform(**config, is_training=False)
     images = torch.stack([transform(dataset[index][0]) for index in range(SAMPLES)])
     maps = cluster_maps(model, images, SAMPLES)[0]
-    figure = draw_cluster_maps(maps, facts["name"])
-    write_whole(
-        path,
-        lambda file: figure.savefig(file, format="png", dpi=PNG_DPI, metadata={MARK: _mark(model)}),
-    )
+    save_png(draw_cluster_maps(maps, facts["name"]), path, {MARK: _mark(model)})
 
 
 def _model(name: str) -> Any:

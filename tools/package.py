@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from timm.data import create_loader, resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_structdrop.analysis import cluster_places, hopkins_report, output_folder, save_json
+from timm_structdrop.analysis import cluster_places, hopkins_report
 from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest, one_line, run_command
 from timm_structdrop.evaluation import evaluate
+from timm_structdrop.files import output_folder, save_json
 from timm_structdrop.hub.export import file_sha256
 from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg

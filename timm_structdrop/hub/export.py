@@ -18,9 +18,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_structdrop.errors import UserError, one_line
+from timm_structdrop.files import save_json
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.models.structdrop_variants import variants
-from timm_structdrop.training import write_whole
 
 __all__ = ["CONFIG", "WEIGHTS", "export_model", "file_sha256", "layer_settings", "shared_rate"]
 
@@ -125,8 +125,7 @@ def _write(
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)
     sha256 = file_sha256(folder / WEIGHTS)
     config = {**json.loads((folder / CONFIG).read_text()), "sha256": sha256}
-    text = json.dumps(config, indent=2) + "\n"
-    write_whole(folder / CONFIG, lambda file: file.write(text.encode()))
+    save_json(config, folder / CONFIG)
     return sha256
 
 

@@ -16,8 +16,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
-from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps, save_png
+from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import save_png
 from timm_structdrop.hub.card import make_card, updated_readme
 from timm_structdrop.hub.export import export_model, shared_rate
 from timm_structdrop.hub.failures import hub_errors, with_retries
