@@ -27,6 +27,7 @@ from timm.models import safe_model_name
 from timm.utils import NativeScaler, init_distributed_device
 from torch import nn
 
+from timm_structdrop.commands.push import push_command
 from timm_structdrop.errors import (
     UserError,
     dead_worker,
@@ -247,13 +248,9 @@ def hub_pushes(flags: argparse.Namespace, loop: Loop) -> RunPushes | None:
     """What pushes the folder of the first process, if asked to."""
     if not flags.push_to_hub or loop.saver is None:
         return None
-    pushes = RunPushes(
-        loop.saver.folder,
-        flags.push_to_hub,
-        flags.hub_license,
-        private=flags.hub_private,
-        every=flags.push_every,
-    )
+    folder = loop.saver.folder
+    command = push_command(folder, flags.push_to_hub, flags.hub_license, flags.hub_private)
+    pushes = RunPushes(folder, flags.push_to_hub, command, every=flags.push_every)
     if flags.push_every:
         loop.after_epoch = pushes.after_epoch
     return pushes

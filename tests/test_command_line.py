@@ -14,8 +14,10 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.validate_flags import validate_parser
+from tools import card, package
 
 SCRIPTS = {"train": load_script("train").main, "validate": load_script("validate").main}
+TOOLS = {"tools.card": card.main, "tools.package": package.main}
 WRONG = [
     ("timm_structdrop lst", "COMMAND must be one of list, inspect, .*'lst' (nearest: list)"),
     ("timm_structdrop", "COMMAND must be one of list, inspect, .*; got none"),
@@ -31,7 +33,9 @@ WRONG = [
     ("timm_structdrop inspect lenet5 -b x", "-b/--batch-size must be a whole number; got 'x'"),
     ("timm_structdrop sweep x --seed 3", "unknown flag --seed (nearest: --seeds,"),
     ("timm_structdrop sweep x --jobs 0", "--jobs must be at least 1; got 0"),
-    ("timm_structdrop card -- --epochs 3", "card takes no flags behind --; got ['--epochs', '3']"),
+    ("timm_structdrop list -- --epochs 3", "list takes no flags behind --; got ['--epochs', '3']"),
+    ("tools.card --chek", "unknown flag --chek (nearest: --check,"),
+    ("tools.package", "the following arguments are required: RUN"),
     ("train --sched cosin", "--sched must be one of cosine, .*; got 'cosin' (nearest: cosine"),
     ("train --epochs x", "--epochs must be a whole number; got 'x'"),
     ("train --lr x", "--lr must be a number; got 'x'"),
@@ -53,7 +57,7 @@ def test_errors_are_one_line_without_a_usage(line, message, capsys):
     program, *words = line.split()
     rule = ".*".join(map(re.escape, message.split(".*")))
     with pytest.raises(UserError, match=rule) as raised:
-        SCRIPTS.get(program, subcommands)(words)
+        {**SCRIPTS, **TOOLS}.get(program, subcommands)(words)
     assert "\n" not in str(raised.value)
     assert capsys.readouterr() == ("", "")
 
@@ -76,9 +80,10 @@ def test_an_unknown_keyword_of_a_model_has_the_nearest_beside_it(model, keyword,
 @pytest.mark.parametrize("columns", [80, 100])
 def test_help_fits_the_terminal_and_says_what_each_flag_is(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
-    for argv in (["--help"], *([name, "--help"] for name in COMMANDS)):
+    calls = [(subcommands, ["--help"]), *((subcommands, [name, "--help"]) for name in COMMANDS)]
+    for main, argv in (*calls, *((main, ["--help"]) for main in TOOLS.values())):
         try:
-            subcommands(argv)
+            main(argv)
         except SystemExit as end:
             assert end.code == 0
     pages = [capsys.readouterr().out, train_parser().format_help(), validate_parser().format_help()]

@@ -72,6 +72,12 @@ def test_the_maths_rooms_know_only_torch(path):
         assert foreign <= {"torch", "timm_structdrop"} | set(sys.stdlib_module_names), foreign
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_package_needs_nothing_of_the_repository_beside_it(path):
+    beside = {file.stem for file in PACKAGE.parent.iterdir()} - {PACKAGE.name}
+    assert not {name.split(".")[0] for name in imported_modules(path)} & beside
+
+
 def test_every_file_is_in_a_room():
     for path in FILES:
         assert room(path) in ROOMS, path

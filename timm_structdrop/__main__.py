@@ -18,8 +18,6 @@ COMMANDS = {
     "fit": "fit the clusters of a DropCluster model on one mini-batch and save it",
     "sweep": "run a table of a paper, cell by cell and seed by seed, and compare",
     "push": "push a trained or fitted model to the Hugging Face Hub",
-    "package": "put a training's checkpoint into the package, with the facts of how it came about",
-    "card": "write the model cards of the packaged checkpoints, or say which are stale",
 }
 
 

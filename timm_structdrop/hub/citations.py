@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from timm_structdrop.layers import regularizers
 
-__all__ = ["PAPERS", "TIMM", "Paper", "bibtex", "in_words", "paper_line"]
+__all__ = ["PAPERS", "TIMM", "Paper", "bibtex", "in_words", "paper_line", "paper_of"]
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,24 @@ TIMM = _paper(
 )
 
 
+def paper_of(name: str) -> Paper | None:
+    """The paper of a regularizer; None of one that is not of this package."""
+    return PAPERS.get(name)
+
+
 def bibtex(names: Iterable[str]) -> list[str]:
     """Entries of the regularizers' papers, in their order, and timm's; a regularizer that is not
     of this package has none."""
-    return [PAPERS[name].bibtex for name in names if name in PAPERS] + [TIMM.bibtex]
+    return [paper.bibtex for paper in map(paper_of, names) if paper] + [TIMM.bibtex]
 
 
 def in_words(name: str) -> str:
     """A regularizer's name as its paper writes it; of one without a paper here, its key."""
-    return PAPERS[name].subject if name in PAPERS else name
+    paper = paper_of(name)
+    return paper.subject if paper else name
 
 
 def paper_line(name: str) -> str:
     """A regularizer's paper as Markdown: a link, or what its registration says."""
-    paper = PAPERS.get(name)
+    paper = paper_of(name)
     return f"{paper.title}: {paper.url}" if paper else regularizers[name].paper
