@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import timm_structdrop
-import train
+from timm_structdrop.cli import train
 from timm_structdrop.errors import UserError
 from timm_structdrop.files import save_json, save_text
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks._record import add_output, circumstances, output_stem, quietly_trained, write_study
 from benchmarks._text import table, versions
 from timm_structdrop.analysis import Place, find_places
-from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
+from timm_structdrop.cli._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.errors import UserError, run_command
 from timm_structdrop.layers import cam_drop_2d
 from timm_structdrop.models.modes import eval_mode

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from script import load_script
 
-import timm_structdrop.commands.inspect as inspect_command
+import timm_structdrop.cli.inspect as inspect_command
 import timm_structdrop.hub.export as export
 from timm_structdrop.__main__ import main
+from timm_structdrop.cli._images import load_subject
 from timm_structdrop.cluster import adjusted_rand_index, rena
-from timm_structdrop.commands._images import load_subject
 from timm_structdrop.data import create_dataset
 from timm_structdrop.errors import UserError, run_command
 from tools import package

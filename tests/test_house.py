@@ -24,7 +24,7 @@ ROOMS = [
     "analysis",
     "hub",
     "recipes",
-    "commands",
+    "cli",
     "__init__",
     "__main__",
 ]

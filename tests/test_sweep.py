@@ -18,11 +18,10 @@ import pytest
 from PIL import Image
 from script import ROOT, load_script
 
-import timm_structdrop.commands._sweep_report as report
-import timm_structdrop.commands._sweep_runs as sweep_runs
-import timm_structdrop.commands.sweep as sweep_command
+import timm_structdrop.cli._sweep_report as report
+import timm_structdrop.cli._sweep_runs as sweep_runs
 from timm_structdrop.__main__ import main
-from timm_structdrop.commands._sweep_progress import SweepProgress
+from timm_structdrop.cli._sweep_progress import SweepProgress
 from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import load_table
 
@@ -52,8 +51,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     """A sweep's folder, where runs take a moment."""
     script = tmp_path / "train.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(sweep_runs, "TRAIN", script)
-    monkeypatch.setattr(sweep_command, "TRAIN", script)
+    monkeypatch.setattr(sweep_runs, "TRAIN", (str(script),))
     monkeypatch.setattr(sweep_runs, "POLL_SECONDS", 0.01)
     return tmp_path / "out"
 

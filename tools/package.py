@@ -25,7 +25,7 @@ from timm.data import create_loader, resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_structdrop.analysis import cluster_places, hopkins_report
-from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
+from timm_structdrop.cli._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.data import class_names, create_dataset
 from timm_structdrop.errors import UserError, nearest, one_line, run_command
 from timm_structdrop.evaluation import evaluate

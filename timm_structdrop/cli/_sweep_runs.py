@@ -23,9 +23,9 @@ from timm_structdrop.training import find_resume, read_summary
 
 __all__ = ["Run", "Runner", "done_runs"]
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+TRAIN = ("-m", "timm_structdrop", "train")  # what Python is to run
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 120  # train.py ends after the update that is under way, and saves
+GRACE_SECONDS = 120  # a training ends after the update that is under way, and saves
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Run:
             words = ["--recipe", self.cell.name, "--seed", str(self.seed)]
             words += ["--output", str(self.folder.parent), "--experiment", self.folder.name]
             words += ["--checkpoint-hist", "1"]
-        return [sys.executable, str(TRAIN), *words, *flags]
+        return [sys.executable, *TRAIN, *words, *flags]
 
 
 def done_runs(folder: Path) -> dict[int, Path]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from timm_structdrop.commands._sweep_runs import Run
+from timm_structdrop.cli._sweep_runs import Run
 from timm_structdrop.training.progress import redraw, time_left
 from timm_structdrop.words import counted
 

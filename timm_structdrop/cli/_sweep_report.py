@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_structdrop.analysis.figure import new_figure
-from timm_structdrop.commands._sweep_runs import done_runs
+from timm_structdrop.cli._sweep_runs import done_runs
 from timm_structdrop.files import save_csv, save_text
 from timm_structdrop.recipes import Cell, Table
 from timm_structdrop.training import read_summary

@@ -18,15 +18,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from timm_structdrop.commands._sweep_progress import SweepProgress
-from timm_structdrop.commands._sweep_report import (
+from timm_structdrop.cli._sweep_progress import SweepProgress
+from timm_structdrop.cli._sweep_report import (
     CellResult,
     collect,
     draw_results,
     markdown,
     write_numbers,
 )
-from timm_structdrop.commands._sweep_runs import TRAIN, Run, Runner
+from timm_structdrop.cli._sweep_runs import Run, Runner
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.files import output_folder, save_json, save_png
 from timm_structdrop.recipes import Table, load_table, parse_with_sources, train_parser
@@ -79,8 +79,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(runs, flags)
         return
-    if not TRAIN.is_file():
-        raise UserError(f"the sweep runs train.py of the repository; it is not at {TRAIN}")
     write_manifest(output_folder(folder), table, args.train_flags)
     for run_ in runs:
         run_.folder.parent.mkdir(exist_ok=True)
