@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from script import ROOT, load_script
@@ -14,13 +15,17 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.validate_flags import validate_parser
+from timm_structdrop.version import __version__
 from tools import card, package
 
 SCRIPTS = {"train": load_script("train").main, "validate": load_script("validate").main}
 TOOLS = {"tools.card": card.main, "tools.package": package.main}
 WRONG = [
-    ("timm_structdrop lst", "COMMAND must be one of list, inspect, .*'lst' (nearest: list)"),
-    ("timm_structdrop", "COMMAND must be one of list, inspect, .*; got none"),
+    (
+        "timm_structdrop lst",
+        "COMMAND must be one of train, validate, list, inspect, .*'lst' (nearest: list)",
+    ),
+    ("timm_structdrop", "COMMAND must be one of train, validate, list, inspect, .*; got none"),
     ("timm_structdrop --x", "COMMAND must be one of .*; got '--x'"),
     ("timm_structdrop list x --layers", "--layers expected one argument"),
     ("timm_structdrop list --recipes --layers x", "--layers not allowed with argument --recipes"),
@@ -144,3 +149,23 @@ def test_where_a_model_has_no_weights_the_packaged_ones_are_named():
             UserError, match=r"resnet20_dropout has none; in the package: resnet20_"
         ):
             SCRIPTS[script]([*argv, *more])
+
+
+def test_the_installed_program_trains_where_there_is_no_repository(tmp_path):
+    """Away from a clone: train, and what it says to type next is the program's own."""
+    program = Path(sys.executable).with_name("timm-structdrop")
+    flags = "--recipe digits-quickstart --epochs 1 --workers 0 --device cpu --log-interval 1000"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+    def run(*words):
+        done = subprocess.run(
+            [str(program), *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("--version") == (0, f"timm-structdrop {__version__}\n")
+    code, text = run("train", *flags.split(), "--output", "out", "--experiment", "run")
+    assert code == 0, text
+    assert "Next: timm-structdrop validate --recipe digits-quickstart --checkpoint out/run" in text
+    code, text = run("train", "--recipe", "digits-quickstrat")
+    assert (code, text.count("\n")) == (2, 1) and text.startswith("error: unknown recipe")

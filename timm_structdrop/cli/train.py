@@ -64,6 +64,8 @@ from timm_structdrop.training import (
 )
 from timm_structdrop.words import counted
 
+__all__ = ["main"]
+
 _logger = logging.getLogger("timm_structdrop.train")
 
 
@@ -77,6 +79,7 @@ class Process:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the flags say."""
     flags = with_tag_settings(parse_with_sources(train_parser(), argv))
     check_push_flags(flags)
     process = start_process(flags)

@@ -44,6 +44,8 @@ from timm_structdrop.recipes.robustness_flags import check_robustness_flags
 from timm_structdrop.recipes.validate_flags import parse_validate_flags
 from timm_structdrop.words import counted
 
+__all__ = ["main"]
+
 _logger = logging.getLogger("timm_structdrop.validate")
 
 # Pretrained weights of timm whose classes are not those of ImageNet-1k, as in timm's validate.py.
@@ -51,6 +53,7 @@ NOT_IMAGENET_1K = ["*_in21k", "*_in22k", "*in12k", "*_dino", "*fcmae", "*seer"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the flags say, and print the results."""
     flags, checkpoint, decided = parse_validate_flags(argv)
     start_logging(flags, checkpoint, decided)
     check_flags(flags)
