@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._check import check_drop_prob
-from timm_structdrop.layers._mask import drop_alike
-from timm_structdrop.layers._registry import register
+from timm_structdrop.layers.base import StructDropLayer, check_drop_prob, register
+from timm_structdrop.layers.blocks import drop_alike
 
 __all__ = ["UnitDropout2d", "unit_dropout_2d"]
 

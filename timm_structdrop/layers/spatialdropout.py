@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._check import check_maps
-from timm_structdrop.layers._mask import drop_alike
-from timm_structdrop.layers._registry import register
+from timm_structdrop.layers.base import StructDropLayer, check_maps, register
+from timm_structdrop.layers.blocks import drop_alike
 
 __all__ = ["SpatialDropout2d", "spatial_dropout_2d"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._mask import drop_alike
-from timm_structdrop.layers._registry import register
+from timm_structdrop.layers.base import StructDropLayer, register
+from timm_structdrop.layers.blocks import drop_alike
 
 __all__ = ["StochasticDepth", "stochastic_depth"]
 
