@@ -1,6 +1,8 @@
 """The regularizers: one file each, a pure function of tensors and a thin module around it."""
 
 from timm_structdrop.layers.base import (
+    Paper,
+    Placement,
     Regularizer,
     Step,
     StepAware,
@@ -30,6 +32,8 @@ __all__ = [
     "DropBlock2d",
     "DropCluster2d",
     "Fork",
+    "Paper",
+    "Placement",
     "RBlock2d",
     "Regularizer",
     "SpatialDropout2d",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Paper",
+    "Placement",
     "Regularizer",
     "Step",
     "StepAware",
@@ -113,10 +115,21 @@ class StructDropLayer(StepAware):
     it under the keyword's name. One that needs the batch's target, or the network's prediction,
     sets ``needs_classes`` and reads :meth:`current_step`, see
     :class:`~timm_structdrop.layers.StepAware`.
+
+    Attributes:
+        regularizer: the name that it is registered under.
+        keeps_map_state: its buffers have the shape of the map, which :meth:`build` is then given.
+        forks: the batch is forked in front of the model's layers of this class, for two sub models
+            (R-Block); a model has one fork.
+        head_settings: by name of a setting, the values with which there is one layer, on the
+            features before the classifier.
+        drop_prob: the live rate.
     """
 
     regularizer: ClassVar[str]
-    keeps_map_state: ClassVar[bool] = False  # its buffers have the shape of the map
+    keeps_map_state: ClassVar[bool] = False
+    forks: ClassVar[bool] = False
+    head_settings: ClassVar[Mapping[str, Sequence[Any]]] = {}
     drop_prob: Tensor
 
     def __init__(self, drop_prob: float = 0.1) -> None:
@@ -200,6 +213,56 @@ class StructDropLayer(StepAware):
 
 
 @dataclass(frozen=True)
+class Paper:
+    """A publication, as tables and cards cite it.
+
+    Attributes:
+        citation: one line for tables, such as ``Ghiasi et al. 2018, arXiv:1810.12890``.
+        name: of what it is about, as it writes it.
+        title: as printed.
+        url: where to read it.
+        bibtex: one entry.
+    """
+
+    citation: str
+    name: str = ""
+    title: str = ""
+    url: str = ""
+    bibtex: str = ""
+
+    @classmethod
+    def with_bibtex(
+        cls, citation: str, name: str, title: str, url: str, kind: str, key: str, **fields: str
+    ) -> Paper:
+        """A paper whose BibTeX entry has this kind and key, its title and these fields."""
+        lines = [f"  {field} = {{{value}}}" for field, value in {"title": title, **fields}.items()]
+        return cls(citation, name, title, url, f"@{kind}{{{key},\n" + ",\n".join(lines) + "\n}")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a regularizer sits in a network unless the user says otherwise.
+
+    Attributes:
+        where: kinds of slots, of ``stem``, ``conv``, ``last_conv``, ``skip_in``, ``skip`` and
+            ``stage``; see :mod:`timm_structdrop.models.slots`.
+        last_stages: how many stages, counted from the deepest; 0 means all.
+        note: what else there is to say of the layers.
+        early: settings of the layers in all but the deepest stage of the network.
+        early_words: the same in words.
+        schedule: the paper's drop schedule, a shape of
+            :class:`timm_structdrop.training.DropSchedule`.
+    """
+
+    where: tuple[str, ...] = ("conv",)
+    last_stages: int = 1
+    note: str = ""
+    early: Mapping[str, Any] = field(default_factory=dict)
+    early_words: str = ""
+    schedule: str = "constant"
+
+
+@dataclass(frozen=True)
 class Regularizer:
     """One entry of :data:`regularizers`.
 
@@ -208,12 +271,16 @@ class Regularizer:
         layer: the layer class.
         summary: one line for tables.
         paper: where it comes from.
+        placement: where it sits unless the user says otherwise.
+        residual_only: it acts on residual branches, so other networks have no place for it.
     """
 
     name: str
     layer: type[StructDropLayer]
     summary: str
-    paper: str
+    paper: Paper
+    placement: Placement
+    residual_only: bool
 
 
 regularizers: dict[str, Regularizer] = {}
@@ -221,13 +288,23 @@ regularizers: dict[str, Regularizer] = {}
 LayerT = TypeVar("LayerT", bound="type[StructDropLayer]")
 
 
-def register(name: str, *, summary: str, paper: str) -> Callable[[LayerT], LayerT]:
+def register(
+    name: str,
+    *,
+    summary: str,
+    paper: Paper | str,
+    placement: Placement | None = None,
+    residual_only: bool = False,
+) -> Callable[[LayerT], LayerT]:
     """Class decorator that enters a layer into :data:`regularizers`.
 
     Args:
         name: the name users write; lower-case letters and digits.
         summary: one line for tables.
-        paper: where it comes from.
+        paper: where it comes from; its citation alone does.
+        placement: where it sits unless the user says otherwise; None for the convolutions of the
+            last group.
+        residual_only: it acts on residual branches, so other networks have no place for it.
 
     Raises:
         ValueError: the name is taken or is not a lower-case identifier.
@@ -238,9 +315,12 @@ def register(name: str, *, summary: str, paper: str) -> Callable[[LayerT], Layer
         raise ValueError(
             f"a regularizer's name must be lower-case letters and digits; got {name!r}"
         )
+    source = Paper(paper) if isinstance(paper, str) else paper
 
     def enter(layer: LayerT) -> LayerT:
-        regularizers[name] = Regularizer(name, layer, summary, paper)
+        regularizers[name] = Regularizer(
+            name, layer, summary, source, placement or Placement(), residual_only
+        )
         layer.regularizer = name
         return layer
 

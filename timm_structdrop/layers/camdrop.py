@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from timm_structdrop.layers.base import (
+    Paper,
+    Placement,
     StructDropLayer,
     check_choice,
     check_drop_prob,
@@ -414,7 +416,21 @@ class _ScaleAndDrop(torch.autograd.Function):
 @register(
     "camdrop",
     summary="drops blocks where the class activation map is highest",
-    paper="Wang et al. 2019, doi:10.1145/3357384.3357999",
+    paper=Paper.with_bibtex(
+        "Wang et al. 2019, doi:10.1145/3357384.3357999",
+        "CamDrop",
+        "CamDrop: A New Explanation of Dropout and A Guided Regularization Method for Deep "
+        "Neural Networks",
+        "https://doi.org/10.1145/3357384.3357999",
+        "inproceedings",
+        "wang2019camdrop",
+        author="Wang, Hongjun and Wang, Guangrun and Li, Guanbin and Lin, Liang",
+        booktitle="Proceedings of the 28th ACM International Conference on Information and "
+        "Knowledge Management",
+        year="2019",
+        doi="10.1145/3357384.3357999",
+    ),
+    placement=Placement(where=("skip_in", "conv", "last_conv"), last_stages=2),
 )
 class CamDrop2d(StructDropLayer):
     """CamDrop: see :func:`cam_drop_2d`.

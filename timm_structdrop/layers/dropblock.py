@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from timm_structdrop.layers.base import (
+    Paper,
+    Placement,
     StructDropLayer,
     check_choice,
     check_drop_prob,
@@ -373,7 +375,25 @@ class _ZeroBlocks(torch.autograd.Function):
 @register(
     "dropblock",
     summary="drops square blocks at seeds drawn independently per sample and channel",
-    paper="Ghiasi et al. 2018, arXiv:1810.12890",
+    paper=Paper.with_bibtex(
+        "Ghiasi et al. 2018, arXiv:1810.12890",
+        "DropBlock",
+        "DropBlock: A regularization method for convolutional networks",
+        "https://arxiv.org/abs/1810.12890",
+        "inproceedings",
+        "ghiasi2018dropblock",
+        author="Ghiasi, Golnaz and Lin, Tsung-Yi and Le, Quoc V.",
+        booktitle="Advances in Neural Information Processing Systems",
+        volume="31",
+        year="2018",
+    ),
+    placement=Placement(
+        where=("conv", "last_conv", "skip"),
+        last_stages=2,
+        early={"gamma_scale": 0.25},
+        early_words="gamma / 4",
+        schedule="linear",
+    ),
 )
 class DropBlock2d(StructDropLayer):
     """DropBlock: see :func:`drop_block_2d`.

@@ -18,6 +18,8 @@ from timm_structdrop.cluster import (
     spatial_hopkins,
 )
 from timm_structdrop.layers.base import (
+    Paper,
+    Placement,
     StructDropLayer,
     check_choice,
     check_drop_prob,
@@ -146,7 +148,18 @@ def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
 @register(
     "dropcluster",
     summary="drops clusters of correlated pixels learned from the activations (ReNA)",
-    paper="Chen et al. 2020, arXiv:2002.02997",
+    paper=Paper.with_bibtex(
+        "Chen et al. 2020, arXiv:2002.02997",
+        "DropCluster",
+        "DropCluster: A structured dropout for convolutional networks",
+        "https://arxiv.org/abs/2002.02997",
+        "article",
+        "chen2020dropcluster",
+        author="Chen, Liyan and Gautier, Philip and Aydore, Sergul",
+        journal="arXiv preprint arXiv:2002.02997",
+        year="2020",
+    ),
+    placement=Placement(where=("stem",), last_stages=0),
 )
 class DropCluster2d(StructDropLayer):
     """Drops clusters of pixels that :func:`timm_structdrop.cluster.rena` finds in the activations.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from timm_structdrop.errors import nearest
 from timm_structdrop.layers.base import (
+    Paper,
+    Placement,
     StepAware,
     StructDropLayer,
     check_choice,
@@ -360,7 +362,20 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 @register(
     "rblock",
     summary="two sub models with different drop regions, made to agree by mutual learning",
-    paper="Wang & Hu 2023, arXiv:2307.15150",
+    paper=Paper.with_bibtex(
+        "Wang & Hu 2023, arXiv:2307.15150",
+        "R-Block",
+        "R-Block: Regularized Block of Dropout for convolutional networks",
+        "https://arxiv.org/abs/2307.15150",
+        "article",
+        "wang2023rblock",
+        author="Wang, Liqi and Hu, Qiya",
+        journal="arXiv preprint arXiv:2307.15150",
+        year="2023",
+    ),
+    placement=Placement(
+        where=("conv", "last_conv", "skip"), last_stages=2, note="fork in front of them"
+    ),
 )
 class RBlock2d(StructDropLayer):
     """R-Block: see :func:`r_block_2d`.
@@ -381,6 +396,9 @@ class RBlock2d(StructDropLayer):
     Raises:
         ValueError: a setting is out of range or unknown.
     """
+
+    forks = True
+    head_settings: ClassVar = {"sub_models": HEAD_SUB_MODELS}
 
     def __init__(
         self,
