@@ -65,6 +65,15 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_private_module_is_imported_in_its_own_room_only(path):
+    for name in imported_modules(path):
+        if room_of_import(name) not in (None, room(path)):
+            of_room = PACKAGE.joinpath(*name.split(".")[1:3]).with_suffix(".py")
+            private = of_room.stem.startswith("_") and of_room.is_file()
+            assert not private, f"{path.name} of {room(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_the_maths_rooms_know_only_torch(path):
     if room(path) in TORCH_ONLY:
         foreign = {name.split(".")[0] for name in imported_modules(path)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis.maps import Place, find_places, place_named, watch_maps
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers.camdrop import guidance
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.models.trace import first_conv
 from timm_structdrop.training.steps import classifier_weight, target_weights
 
 __all__ = ["Cams", "cam_place", "class_activation_maps", "compare_spread"]

@@ -1,6 +1,7 @@
 """The regularizers: one file each, a pure function of tensors and a thin module around it."""
 
 from timm_structdrop.layers.base import (
+    FittedLayer,
     Paper,
     Placement,
     Regularizer,
@@ -31,6 +32,7 @@ __all__ = [
     "CamDrop2d",
     "DropBlock2d",
     "DropCluster2d",
+    "FittedLayer",
     "Fork",
     "Paper",
     "Placement",

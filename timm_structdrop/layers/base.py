@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "FittedLayer",
     "Paper",
     "Placement",
     "Regularizer",
@@ -210,6 +211,48 @@ class StructDropLayer(StepAware):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+class FittedLayer(StructDropLayer):
+    """A layer that finds clusters in its activations, and drops nothing before.
+
+    :class:`timm_structdrop.training.ClusterRefits` asks for the fits by epoch; cards and pictures
+    read what was found.
+
+    Attributes:
+        n_clusters: clusters per channel.
+        labels: the cluster of each pixel, (C, H, W) of any integer type.
+        structured: False for the channels without clusters, (C,) bool.
+        fitted_at: the time of the last fit, a 0-d integer; -1 = never.
+        fits_itself: it finds its clusters without being asked.
+        last_fit: the facts of the last fit: its time ``at``, ``n_clusters``, ``channels``,
+            ``unstructured``, ``adjusted_rand_index`` and ``seconds``; None before the first.
+    """
+
+    n_clusters: int
+    labels: Tensor
+    structured: Tensor
+    fitted_at: Tensor
+    fits_itself: bool = False
+    last_fit: dict[str, Any] | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether clusters have been found."""
+        return int(self.fitted_at) >= 0
+
+    def request_fit(self, at: int) -> None:
+        """Make the next training forward fit the layer to its own input, before it drops anything.
+
+        Args:
+            at: what to record as the time of the fit, an epoch or update index >= 0.
+        """
+        raise NotImplementedError
+
+    def draw_mask(self) -> Tensor:
+        """A training step's mask at the target rate: True where units are kept, (C, H, W) bool, on
+        the CPU."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from timm_structdrop.cluster import (
     spatial_hopkins,
 )
 from timm_structdrop.layers.base import (
+    FittedLayer,
     Paper,
     Placement,
-    StructDropLayer,
     check_choice,
     check_drop_prob,
     check_fraction,
@@ -161,7 +161,7 @@ def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     ),
     placement=Placement(where=("stem",), last_stages=0),
 )
-class DropCluster2d(StructDropLayer):
+class DropCluster2d(FittedLayer):
     """Drops clusters of pixels that :func:`timm_structdrop.cluster.rena` finds in the activations.
 
     Before its first fit the layer is the identity. A fit (:meth:`fit`, :meth:`request_fit`, or by
@@ -198,9 +198,6 @@ class DropCluster2d(StructDropLayer):
     """
 
     keeps_map_state = True
-    labels: Tensor
-    structured: Tensor
-    fitted_at: Tensor
     fitted_size: Tensor
     step: Tensor
 
@@ -237,7 +234,7 @@ class DropCluster2d(StructDropLayer):
                 raise ValueError(f"fit_every_steps needs fit_start_step; got {fit_every_steps}")
         self.fit_start_step = fit_start_step
         self.fit_every_steps = fit_every_steps
-        self.last_fit: dict[str, Any] | None = None
+        self.fits_itself = fit_start_step is not None
         self.register_buffer("labels", torch.zeros(channels, height, width, dtype=torch.uint8))
         self.register_buffer("structured", torch.ones(channels, dtype=torch.bool))
         self.register_buffer("fitted_at", torch.tensor(-1))
@@ -250,11 +247,6 @@ class DropCluster2d(StructDropLayer):
     @classmethod
     def build(cls, channels: int, size: tuple[int, int], /, **settings: Any) -> DropCluster2d:
         return cls(channels, size, **settings)
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether clusters have been found."""
-        return int(self.fitted_at) >= 0
 
     def check_size(self, size: tuple[int, ...]) -> None:
         """Raise ValueError for maps of ``size`` = (H, W) on which the clusters cannot be found."""
@@ -358,6 +350,15 @@ class DropCluster2d(StructDropLayer):
         Under ``torch.compile`` run that forward in ``torch.compiler.set_stance("force_eager")``.
         """
         self._requested_at = at
+
+    def draw_mask(self) -> Tensor:
+        return cluster_mask(
+            self.labels.cpu(),
+            self.structured.cpu(),
+            self.target_drop_prob,
+            self.n_clusters,
+            self.rounding,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         eager = not torch.compiler.is_compiling()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import Fork, StructDropLayer
-from timm_structdrop.models._trace import forward_zeros
 from timm_structdrop.models.slots import Slot, stage_modules
+from timm_structdrop.models.trace import forward_zeros
 
 __all__ = ["head_setting", "head_slot", "insert_fork", "refuse_second_fork"]
 
@@ -149,7 +149,7 @@ def _first_called(model: nn.Module, path: str) -> str:
 
 
 def _doubles_everything(model: nn.Module, path: str, img_size: tuple[int, int]) -> bool:
-    """Whether a batch doubled in front of ``path`` is double in every layer that forks and behind."""
+    """Whether a batch doubled in front of ``path`` is double in what forks, and at the end."""
     batches: list[int] = []
 
     def double(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import Placement, StructDropLayer, regularizers
 from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
 from timm_structdrop.models._reset import keep_on_reset
-from timm_structdrop.models._trace import map_shape
 from timm_structdrop.models._where import groups_in_words, kinds_in_words, slots_in_words
 from timm_structdrop.models.forking import (
     head_setting,
@@ -22,6 +21,7 @@ from timm_structdrop.models.forking import (
     refuse_second_fork,
 )
 from timm_structdrop.models.slots import Slot, insert, stage_modules
+from timm_structdrop.models.trace import map_shape
 
 __all__ = [
     "PLACEMENT_KEYWORDS",

@@ -17,9 +17,9 @@ from torch import nn
 
 from timm_structdrop.errors import UserError, nearest, unexpected_keyword
 from timm_structdrop.layers import regularizers
-from timm_structdrop.models._architectures import Architecture, architectures
 from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
 from timm_structdrop.models._where import groups_in_words
+from timm_structdrop.models.architectures import Architecture, architectures
 from timm_structdrop.models.packaged import check_file, packaged, packaged_cfg
 from timm_structdrop.models.placement import (
     PLACEMENT_KEYWORDS,
