@@ -261,20 +261,21 @@ def uniform(shape: tuple[int, ...], device: torch.device | None = None) -> Tenso
     return torch.rand(shape, device=device, dtype=torch.float32)
 
 
-def kept_scale(mask: Tensor) -> Tensor:
-    """count(M) / count_ones(M).
+def kept_scale(count: int, kept: Tensor) -> Tensor:
+    """count(M) / count_ones(M), what kept units are multiplied by.
 
-    The count is summed in float32 whatever the mask's dtype: in float16 it overflows at 65504
-    units and the scale becomes 0. A mask without ones gives ``count(M)``, a finite number, so that
-    the masked activations are zero instead of NaN.
+    A mask without ones gives ``count``, a finite number, so that the masked activations are zero
+    instead of NaN.
 
     Args:
-        mask: M, zeros and ones of any shape and dtype.
+        count: the units of the mask, count(M).
+        kept: how many of them are kept, count_ones(M), of any shape, in float32: in float16 the
+            count overflows at 65504 units and the scale becomes 0.
 
     Returns:
-        A 0-d float32 tensor.
+        The shape of ``kept``, float32.
     """
-    return mask.numel() / mask.sum(dtype=torch.float32).clamp(min=1.0)
+    return count / kept.clamp(min=1.0)
 
 
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
@@ -287,7 +288,8 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     Returns:
         The shape, dtype and memory format of ``x``.
     """
-    return x * (mask * kept_scale(mask)).to(x.dtype)
+    scale = kept_scale(mask.numel(), mask.sum(dtype=torch.float32))
+    return x * (mask * scale).to(x.dtype)
 
 
 def bernoulli_scale(shape: tuple[int, ...], drop_prob: float | Tensor, like: Tensor) -> Tensor:

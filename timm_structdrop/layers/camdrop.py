@@ -21,6 +21,7 @@ from timm_structdrop.layers.base import (
 from timm_structdrop.layers.blocks import (
     clamp_block,
     grow_blocks,
+    kept_scale,
     may_look_at_data,
     paper_rate,
     seed_places,
@@ -363,17 +364,14 @@ def drop_in_maps(x: Tensor, samples: Tensor, chosen: Tensor, dropped: Tensor) ->
 
 
 def _scale(x: Tensor, samples: Tensor, dropped: Tensor) -> Tensor:
-    """CHW / count_ones(M) of each sample, (B, 1, 1, 1) in the dtype of ``x``.
-
-    In float32, as float16 overflows at 65504 units. A sample that loses all is zero and not NaN.
-    """
+    """CHW / count_ones(M) of each sample, (B, 1, 1, 1) in the dtype of ``x``."""
     n_dropped = dropped.sum((-2, -1), dtype=torch.float32)
     if samples.ndim == 1:
         n_dropped = n_dropped.new_zeros(len(x)).index_add_(0, samples, n_dropped)
     else:
         n_dropped = n_dropped.sum(1)
     units = x.shape[1] * x.shape[2] * x.shape[3]
-    return (units / (units - n_dropped).clamp(min=1.0)).to(x.dtype)[:, None, None, None]
+    return kept_scale(units, units - n_dropped).to(x.dtype)[:, None, None, None]
 
 
 def _factors(x: Tensor, scale: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:

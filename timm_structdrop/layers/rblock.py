@@ -24,6 +24,7 @@ from timm_structdrop.layers.blocks import (
     clamp_block,
     drop_alike,
     grow_blocks,
+    kept_scale,
     paper_rate,
     seed_places,
     seed_rate,
@@ -293,8 +294,7 @@ def drop(x: Tensor, dropped: Dropped) -> Tensor:
     per_map = dropped.space.shape[1:].numel()
     channels, space = dropped.channels.float(), dropped.space.float()
     count = channels.shape[1] * per_map
-    kept = count - channels.sum(1) * space.sum((1, 2))
-    scale = count / kept.clamp(min=1.0)
+    scale = kept_scale(count, count - channels.sum(1) * space.sum((1, 2)))
     channels = channels * -scale[:, None]
     # the factors as they lie in memory: a product of two layouts is several times slower
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
@@ -415,9 +415,6 @@ class RBlock2d(StructDropLayer):
         self.seeds = check_choice("seeds", seeds, SEEDS)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        forked = self.current_step().forked
         if self.is_off():
             return x
         return r_block_2d(
@@ -426,6 +423,6 @@ class RBlock2d(StructDropLayer):
             self.sub_models,
             self.block_size,
             self.gamma,
-            forked,
+            self.current_step().forked,
             seeds=self.seeds,
         )
