@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_structdrop.layers import regularizers
+
 PACKAGE = Path(__file__).parent.parent / "timm_structdrop"
 
 # A room may import only from the rooms before it.
@@ -78,6 +80,15 @@ def test_the_maths_rooms_know_only_torch(path):
     if room(path) in TORCH_ONLY:
         foreign = {name.split(".")[0] for name in imported_modules(path)}
         assert foreign <= {"torch", "timm_structdrop"} | set(sys.stdlib_module_names), foreign
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_regularizers_class_is_known_in_its_own_room_only(path):
+    """Others ask the registry, and the class what it needs; one file is about DropBlock itself."""
+    classes = {entry.layer.__name__ for entry in regularizers.values()}
+    if room(path) != "layers" and path.name != "inference_drop.py":
+        ours = (name for name in imported_modules(path) if name.startswith("timm_structdrop."))
+        assert not classes & {name.rpartition(".")[2] for name in ours}
 
 
 def test_every_file_is_in_a_room():
