@@ -20,7 +20,7 @@ from benchmarks._models import make_step
 from benchmarks._settings import Settings
 from benchmarks._text import milliseconds, ratio, table
 from benchmarks._timing import compared, one_thread, paired
-from timm_structdrop.layers import _few_maps, camdrop
+from timm_structdrop.layers import camdrop
 
 TITLE = "CamDrop's parts"
 ARCHITECTURE = "resnet50"
@@ -44,12 +44,12 @@ def timed_parts() -> Iterator[Counter[str]]:
 
         return run
 
-    backward = staticmethod(timed("backward", _few_maps._ScaleAndDrop.backward))
+    backward = staticmethod(timed("backward", camdrop._ScaleAndDrop.backward))
     with ExitStack() as stack:
         for name in ("cam_drop_2d", "guidance", "drop_in_maps"):
             function = timed(name, getattr(camdrop, name))
             stack.enter_context(patch.object(camdrop, name, function))
-        stack.enter_context(patch.object(_few_maps._ScaleAndDrop, "backward", backward))
+        stack.enter_context(patch.object(camdrop._ScaleAndDrop, "backward", backward))
         yield seconds
 
 

@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg, group_paramet
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.models._architectures import architectures, register_architecture
+from timm_structdrop.models.architectures import architectures, register_architecture
 from timm_structdrop.models.cifar_resnet import OptionAShortcut, option_a_shortcut
 from timm_structdrop.models.lenet import PadToAtLeast
 

@@ -12,15 +12,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from timm_structdrop.layers import CamDrop2d, Step, cam_drop_2d
-from timm_structdrop.layers._blocks import clamp_block
-from timm_structdrop.layers._guide import (
+from timm_structdrop.layers.blocks import clamp_block, paper_rate
+from timm_structdrop.layers.camdrop import (
     candidate_pixels,
     compress,
     dominant_channels,
     guidance,
     how_many_pixels,
 )
-from timm_structdrop.layers._rate import paper_rate
 from timm_structdrop.layers.dropblock import drop_dense_blocks
 
 MAPS = [

@@ -11,9 +11,9 @@ from torch import nn
 import timm_structdrop  # noqa: F401  registers the models
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import CamDrop2d, StructDropLayer
-from timm_structdrop.models._trace import map_shape
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.models.slots import Slot, find_slots, insert
+from timm_structdrop.models.trace import map_shape
 
 
 class Shift(StructDropLayer):

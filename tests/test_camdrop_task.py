@@ -1,7 +1,12 @@
 """The way of the target through the task to CamDrop layers, and that it stays nowhere."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -519,6 +524,84 @@ def test_a_strangers_layer_is_told_the_target(checkpointing):
     result["loss"].backward()
     assert (result["output"][[0, 2]] == 0).all() and (result["output"][[1, 3]] != 0).all()
     assert conv.weight.grad is not None and layer.current_step() == Step()
+
+
+A_STRANGERS_FILE = """
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import register_model
+
+from timm_structdrop import attach
+from timm_structdrop.commands.list import layers_table
+from timm_structdrop.layers.base import Paper, Placement, StructDropLayer, register
+from timm_structdrop.training import make_task
+
+
+@register(
+    "oddclasses",
+    summary="drops the samples of even classes",
+    paper=Paper("Me 2026", url="https://example.org"),
+    placement=Placement(where=("stage",), last_stages=2, schedule="linear"),
+)
+class OddClasses(StructDropLayer):
+    needs_classes = "target"
+
+    def __init__(self, drop_prob: float = 0.1, kept: int = 1) -> None:
+        super().__init__(drop_prob)
+        self.kept = kept
+
+    def forward(self, x):
+        if self.is_off():
+            return x
+        return x * (self.current_step().classes % 2 == self.kept)[:, None, None, None]
+
+
+@register_model
+def resnet8_oddclasses(pretrained=False, **keywords):
+    return attach(timm.create_model("resnet8", **keywords), "oddclasses", kept=0)
+
+
+if __name__ == "__main__":
+    from script import load_script, write_images
+
+    model = timm.create_model("resnet8_oddclasses", num_classes=4).train()
+    model.fc.bias.data.zero_()
+    output = make_task(model)(torch.randn(4, 3, 32, 32), torch.arange(4))["output"]
+    print((output != 0).any(1).tolist())
+    print(layers_table("resnet8_oddclasses"))
+    write_images(Path("images"))
+    load_script("train").main(
+        "--data-dir images --in-chans 1 --img-size 16 --num-classes 2 --batch-size 16 --workers 0 "
+        "--device cpu --epochs 1 --model resnet8 --structdrop oddclasses:drop_prob=0.2,kept=1 "
+        "--output out --experiment run".split()
+    )
+"""
+
+
+def test_a_strangers_regularizer_needs_public_names_only(tmp_path):
+    """Registered in a file outside of the package: in the task, in ``list`` and in train.py."""
+    assert not re.search(r"timm_structdrop\S*\._", A_STRANGERS_FILE)
+    file = tmp_path / "strange.py"
+    file.write_text(A_STRANGERS_FILE)
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == "[True, False, True, False]"
+    layers = [line.split() for line in lines if " oddclasses " in line]
+    assert [row[:3] for row in layers] == [
+        ["layer2.oddclasses", "oddclasses", "0.1"],
+        ["layer3.oddclasses", "oddclasses", "0.1"],
+    ]
+    assert (tmp_path / "out" / "run" / "summary.csv").is_file()
 
 
 def test_gradients_by_autograd_grad_are_those_of_backward():

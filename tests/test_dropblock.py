@@ -10,10 +10,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from timm_structdrop.layers import DropBlock2d, drop_block_2d, seed_rate
-from timm_structdrop.layers._blocks import clamp_block, grow_blocks
-from timm_structdrop.layers._rate import paper_rate
-from timm_structdrop.layers._sparse import draw_map_seeds, draw_seeds, drop_sparse_blocks
-from timm_structdrop.layers.dropblock import drop_dense_blocks, drop_shared_blocks
+from timm_structdrop.layers.blocks import clamp_block, grow_blocks, paper_rate
+from timm_structdrop.layers.dropblock import (
+    draw_map_seeds,
+    draw_seeds,
+    drop_dense_blocks,
+    drop_shared_blocks,
+    drop_sparse_blocks,
+)
 
 PATHS = {"sparse": drop_sparse_blocks, "dense": drop_dense_blocks}
 MAPS = [

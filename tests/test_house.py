@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_structdrop.layers import regularizers
+
 PACKAGE = Path(__file__).parent.parent / "timm_structdrop"
 
 # A room may import only from the rooms before it.
@@ -66,6 +68,15 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_private_module_is_imported_in_its_own_room_only(path):
+    for name in imported_modules(path):
+        if room_of_import(name) not in (None, room(path)):
+            of_room = PACKAGE.joinpath(*name.split(".")[1:3]).with_suffix(".py")
+            private = of_room.stem.startswith("_") and of_room.is_file()
+            assert not private, f"{path.name} of {room(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_the_maths_rooms_know_only_torch(path):
     if room(path) in TORCH_ONLY:
         foreign = {name.split(".")[0] for name in imported_modules(path)}
@@ -76,6 +87,15 @@ def test_the_maths_rooms_know_only_torch(path):
 def test_the_package_needs_nothing_of_the_repository_beside_it(path):
     beside = {file.stem for file in PACKAGE.parent.iterdir()} - {PACKAGE.name}
     assert not {name.split(".")[0] for name in imported_modules(path)} & beside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_regularizers_class_is_known_in_its_own_room_only(path):
+    """Others ask the registry, and the class what it needs; one file is about DropBlock itself."""
+    classes = {entry.layer.__name__ for entry in regularizers.values()}
+    if room(path) != "layers" and path.name != "inference_drop.py":
+        ours = (name for name in imported_modules(path) if name.startswith("timm_structdrop."))
+        assert not classes & {name.rpartition(".")[2] for name in ours}
 
 
 def test_every_file_is_in_a_room():

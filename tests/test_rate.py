@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from timm_structdrop.layers import seed_rate
-from timm_structdrop.layers._rate import paper_rate, seed_rate_tensor
+from timm_structdrop.layers.blocks import paper_rate, seed_rate_tensor
 
 GRID = [
     ((14, 14), 5),

@@ -8,8 +8,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from timm_structdrop.layers import SUB_MODELS, Fork, RBlock2d, Step, r_block_2d, seed_rate
-from timm_structdrop.layers._rate import paper_rate
-from timm_structdrop.layers._submodels import b_drop_dml, drop, one_of_both, s_drop_dml
+from timm_structdrop.layers.blocks import paper_rate
+from timm_structdrop.layers.rblock import b_drop_dml, drop, one_of_both, s_drop_dml
 from timm_structdrop.training.steps import repeat_in_backward
 
 MAPS = [((8, 8), 3), ((5, 9), 3), ((4, 4), 2), ((7, 4), 4), ((3, 5), 20), ((1, 1), 3), ((6, 1), 3)]

@@ -77,9 +77,11 @@ def test_it_gives_one_command_for_the_main_job_and_one_for_the_tests():
     assert sum("pip install" in line and line.endswith("pytest") for line in SHELL) == 1
 
 
-def test_the_table_names_every_regularizer():
-    for name in regularizers:
-        assert f"| `{name}` |" in README, name
+def test_the_table_names_every_regularizer_with_its_paper():
+    for name, entry in regularizers.items():
+        (row,) = (line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        authors = entry.paper.citation.split(",")[0]
+        assert f"| [{authors}]({entry.paper.url}) |" in row, name
 
 
 def test_links_to_files_lead_somewhere():

@@ -10,10 +10,10 @@ from torch import nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import StructDropLayer
-from timm_structdrop.models._trace import trace
 from timm_structdrop.models.hanging import convert_sync_batchnorm
 from timm_structdrop.models.placement import place
 from timm_structdrop.models.slots import Slot, find_slots, insert, stage_modules, stem_slot
+from timm_structdrop.models.trace import trace
 
 
 class Halve(StructDropLayer):

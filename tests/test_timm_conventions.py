@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.models import feature_extraction
 
 from timm_structdrop.layers import DropCluster2d
-from timm_structdrop.models._trace import first_conv
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.models.trace import first_conv
 from timm_structdrop.training import make_task
 
 ALL = sorted(variants)

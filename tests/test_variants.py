@@ -9,12 +9,12 @@ from timm.models import get_arch_pretrained_cfgs
 
 import timm_structdrop
 from timm_structdrop.errors import UserError
-from timm_structdrop.models._architectures import architectures
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.models.architectures import architectures
 from timm_structdrop.models.placement import structdrop_layers, where_in_words
 from timm_structdrop.models.slots import find_slots
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.timm_cnns import late_cell_norms
+from timm_structdrop.models.trace import first_conv
 
 # every architecture once (but NASNet, which takes seconds a pass), and every regularizer once
 SMALL = [(name, a) for name, a in architectures.items() if name != "nasnetalarge"]

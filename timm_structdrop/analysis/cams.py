@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from timm_structdrop.analysis.figure import colour_bar, new_figure, picture
 from timm_structdrop.analysis.maps import Place, find_places, place_named, watch_maps
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers._guide import guidance
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.layers.camdrop import guidance
+from timm_structdrop.models.trace import first_conv
 from timm_structdrop.training.steps import classifier_weight, target_weights
 
 __all__ = ["Cams", "cam_place", "class_activation_maps", "compare_spread", "draw_cams"]

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from timm_structdrop.analysis.figure import colour_bar, new_figure, picture, scaled
 from timm_structdrop.analysis.maps import cluster_layers, cluster_places, collect_maps
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import DropCluster2d
-from timm_structdrop.layers.dropcluster import cluster_mask
+from timm_structdrop.layers import FittedLayer
 from timm_structdrop.words import counted
 
 __all__ = [
@@ -190,9 +189,7 @@ def training_mask(model: nn.Module, name: str, seed: int = 0) -> TrainingMask:
     labels, structured = layer.labels.cpu(), layer.structured.cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        kept = cluster_mask(
-            labels, structured, layer.target_drop_prob, layer.n_clusters, layer.rounding
-        )
+        kept = layer.draw_mask()
     dropped = [
         sorted(set(of_channel[~mask].tolist())) if usable else []
         for of_channel, mask, usable in zip(labels, kept, structured.tolist(), strict=True)
@@ -200,7 +197,7 @@ def training_mask(model: nn.Module, name: str, seed: int = 0) -> TrainingMask:
     return TrainingMask(kept, dropped, kept.numel() / max(1, int(kept.sum())))
 
 
-def _fitted(model: nn.Module, name: str) -> DropCluster2d:
+def _fitted(model: nn.Module, name: str) -> FittedLayer:
     layer = cluster_layers(model).get(name)
     if layer is None:
         raise UserError(f"clusters need a DropCluster layer; there is none at {name}")

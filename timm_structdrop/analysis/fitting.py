@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_structdrop.analysis.maps import cluster_layers
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import DropCluster2d
+from timm_structdrop.layers import FittedLayer
 from timm_structdrop.models.modes import eval_mode
 
 __all__ = ["fit_clusters"]
@@ -93,7 +93,7 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
         (buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if not (isinstance(module, DropCluster2d) and name in FITTED_STATE)
+        if not (isinstance(module, FittedLayer) and name in FITTED_STATE)
     ]
     try:
         yield

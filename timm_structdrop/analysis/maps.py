@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError, nearest
-from timm_structdrop.layers import DropCluster2d, StructDropLayer
+from timm_structdrop.layers import FittedLayer, StructDropLayer
 from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.models.slots import find_slots
 
@@ -88,15 +88,15 @@ def find_places(model: nn.Module, img_size: tuple[int, int], layers: str = "stag
 def cluster_places(model: nn.Module) -> list[Place]:
     """The places of the model's DropCluster layers."""
     return [
-        Place(name, "dropcluster", layer, True) for name, layer in cluster_layers(model).items()
+        Place(name, layer.regularizer, layer, True) for name, layer in cluster_layers(model).items()
     ]
 
 
-def cluster_layers(model: nn.Module) -> dict[str, DropCluster2d]:
+def cluster_layers(model: nn.Module) -> dict[str, FittedLayer]:
     """The model's DropCluster layers by the name of the module that they come after."""
     layers = {}
     for path, module in model.named_modules():
-        if isinstance(module, DropCluster2d):
+        if isinstance(module, FittedLayer):
             parent, _, name = path.rpartition(".")
             layers[parent if name == module.regularizer else path] = module
     return layers

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
 from timm_structdrop.layers import StructDropLayer, regularizers
-from timm_structdrop.models._architectures import architectures
+from timm_structdrop.models.architectures import architectures
 from timm_structdrop.models.slots import Slot, find_slots
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.recipes import (

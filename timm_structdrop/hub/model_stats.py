@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_structdrop.layers import DropCluster2d, StructDropLayer
-from timm_structdrop.models._trace import first_conv
+from timm_structdrop.layers import FittedLayer, StructDropLayer
 from timm_structdrop.models.modes import eval_mode
 from timm_structdrop.models.structdrop_variants import variants
+from timm_structdrop.models.trace import first_conv
 
 __all__ = [
     "ModelStats",
@@ -131,10 +131,10 @@ def regularizer_uses(model: nn.Module) -> list[RegularizerUse]:
     return uses
 
 
-def fitted_clusters(use: RegularizerUse) -> dict[str, DropCluster2d]:
+def fitted_clusters(use: RegularizerUse) -> dict[str, FittedLayer]:
     """The layers whose clusters have been found."""
     return {
         path: layer
         for path, layer in use.layers.items()
-        if isinstance(layer, DropCluster2d) and layer.is_fitted
+        if isinstance(layer, FittedLayer) and layer.is_fitted
     }

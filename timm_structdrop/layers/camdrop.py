@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._blocks import clamp_block, grow_blocks
-from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer, check_maps
-from timm_structdrop.layers._few_maps import drop_in_maps
-from timm_structdrop.layers._guide import (
-    candidate_pixels,
-    check_alpha,
-    dominant_channels,
-    guidance,
-    highest,
-    how_many_pixels,
-    inner_seeds,
+from timm_structdrop.layers.base import (
+    Paper,
+    Placement,
+    StructDropLayer,
+    check_choice,
+    check_drop_prob,
+    check_integer,
+    check_maps,
+    register,
+    tell,
 )
-from timm_structdrop.layers._rate import paper_rate
-from timm_structdrop.layers._registry import register
-from timm_structdrop.layers._sparse import may_look_at_data
-from timm_structdrop.layers._tell import tell
+from timm_structdrop.layers.blocks import (
+    clamp_block,
+    grow_blocks,
+    kept_scale,
+    may_look_at_data,
+    paper_rate,
+    seed_places,
+    uniform,
+)
 
-__all__ = ["CamDrop2d", "cam_drop_2d"]
+__all__ = ["CamDrop2d", "cam_drop_2d", "guidance"]
 
 CHOICES = {
     "guide": ("cam", "avg"),
@@ -124,8 +129,7 @@ def cam_drop_2d(
     else:
         rate = drop_prob * (size[0] * size[1] / (block[0] * block[1] * n))
     with torch.no_grad():
-        # float32 whatever the activations: float16 uniforms would round the rate
-        drawn = torch.rand((len(x), n_chosen, n), device=x.device, dtype=torch.float32) < rate
+        drawn = uniform((len(x), n_chosen, n), x.device) < rate
         samples = torch.arange(len(x), device=x.device)[:, None]
         seen = x
         if may_look_at_data(x):  # rank only the samples in which a seed was drawn
@@ -158,19 +162,17 @@ def _grow(
 
     Args:
         drawn: at which of the n candidates a seed was drawn, (..., n) bool.
-        pixels: the candidates, places (..., n) of the seed grid, see
-            :func:`~timm_structdrop.layers._guide.candidate_pixels`; None for all of it.
+        pixels: the candidates, places (..., n) of the seed grid, see :func:`candidate_pixels`;
+            None for all of it.
         size: (H, W).
         block: (rows, columns) of the blocks, at most (H, W).
         rank: ``"valid"`` or ``"all"``, which seed grid it is.
     """
-    height, width = size
-    if rank == "valid":
-        height, width = height - block[0] + 1, width - block[1] + 1
+    places = seed_places(size, block, rank)
     if pixels is not None:
-        grid = drawn.new_zeros((*drawn.shape[:-1], height * width))
+        grid = drawn.new_zeros((*drawn.shape[:-1], places[0] * places[1]))
         drawn = grid.scatter_(-1, pixels, drawn)
-    seeds = drawn.view(*drawn.shape[:-1], height, width)
+    seeds = drawn.view(*drawn.shape[:-1], *places)
     return grow_blocks(seeds if rank == "valid" else inner_seeds(seeds, block), block)
 
 
@@ -197,10 +199,236 @@ def _check_n_pixels(n_pixels: int | None) -> int | None:
     return check_integer("n_pixels", n_pixels, "an integer of at least 1 or None")
 
 
+def compress(alpha: Tensor, channels: int) -> Tensor:
+    """Eq. (7): as many weights as a layer has channels, from those of the classifier.
+
+    With g = floor(C' / C), weight c is the sum of alpha[c g], ..., alpha[c g + g - 1]; the last
+    C' - C g are not used. The paper has no case of C > C'; then weight c is alpha[floor(c C' / C)].
+
+    Args:
+        alpha: (B, C').
+        channels: C.
+
+    Returns:
+        (B, C) float32.
+    """
+    alpha = alpha.float()
+    features = alpha.shape[1]
+    if channels > features:
+        index = torch.arange(channels, device=alpha.device) * features // channels
+        return alpha.index_select(1, index)
+    group = features // channels
+    return alpha[:, : group * channels].unflatten(1, (channels, group)).sum(2)
+
+
+def guidance(x: Tensor, alpha: Tensor | None, guide: str) -> tuple[Tensor, Tensor]:
+    """The weights of the channels (B, C) and the map J (B, H, W), both float32.
+
+    Args:
+        x: activations (B, C, H, W).
+        alpha: the classifier's weights (B, C'), for ``"cam"``.
+        guide: ``"cam"``: J = sum_c alpha_c x_c, Eqs. (5) and (7); ``"avg"``: J is the mean of the
+            channels, and a channel's weight its mean over the map.
+    """
+    if guide == "avg" or alpha is None:
+        return x.mean((2, 3), dtype=torch.float32), x.mean(1, dtype=torch.float32)
+    weights = compress(alpha, x.shape[1])
+    if torch.compiler.is_compiling():  # fuses what would be a float32 copy of x
+        return weights, (x.float() * weights[:, :, None, None]).sum(1)
+    with torch.autocast(x.device.type, enabled=False):  # it would round J to half precision
+        cam = torch.bmm(weights[:, None], x.float().flatten(2))
+    return weights, cam.view(x.shape[0], x.shape[2], x.shape[3])
+
+
+def check_alpha(x: Tensor, alpha: Tensor | None, guide: str) -> None:
+    """That the weights are there where they are needed.
+
+    Args:
+        x: activations (B, C, H, W).
+        alpha: the classifier's weights (B, C').
+        guide: ``"cam"`` needs them.
+
+    Raises:
+        ValueError: ``alpha`` is needed and is not (B, C').
+    """
+    if guide == "cam" and (alpha is None or alpha.ndim != 2 or alpha.shape[0] != x.shape[0]):
+        received = None if alpha is None else tuple(alpha.shape)
+        raise ValueError(
+            f"alpha must be (B, features) with B = {x.shape[0]} where guide is 'cam'; "
+            f"got {received}"
+        )
+
+
+def how_many_pixels(
+    size: tuple[int, int], block: tuple[int, int], n_pixels: int | None = None, rank: str = "all"
+) -> int:
+    """n of Eq. (6): how many positions of the seed grid are candidates.
+
+    Args:
+        size: (H, W) of the map.
+        block: (rows, columns) of the blocks, at most (H, W).
+        n_pixels: n, all of the grid if that is more; None for floor(H W / (rows columns)).
+        rank: ``"all"``: the seed grid is the map; ``"valid"``: it is that of :func:`inner_seeds`.
+    """
+    n = size[0] * size[1] // (block[0] * block[1]) if n_pixels is None else n_pixels
+    rows, columns = seed_places(size, block, rank)
+    return min(n, rows * columns)
+
+
+def candidate_pixels(
+    intensity: Tensor, block: tuple[int, int], n: int, rank: str = "all"
+) -> Tensor | None:
+    """Eq. (6): the n positions of the seed grid where J is highest.
+
+    Args:
+        intensity: J (B, H, W).
+        block: (rows, columns) of the blocks, at most (H, W).
+        n: of :func:`how_many_pixels`.
+        rank: as there.
+
+    Returns:
+        Places (B, n) int64 of the flattened grid, in no order; None for all of the grid.
+    """
+    if rank == "valid":
+        intensity = inner_seeds(intensity, block)
+    intensity = intensity.flatten(1)
+    return None if n == intensity.shape[1] else highest(intensity, n)
+
+
+def dominant_channels(channels: int, n_channels: int | float | None = None) -> int:
+    """n' of Eq. (8): how many of C channels are candidates.
+
+    Args:
+        channels: C.
+        n_channels: a number, C if that is less; a float, a fraction of C, rounded down; None, C / 8
+            rounded down. At least 1.
+    """
+    if n_channels is None:
+        return max(1, channels // 8)
+    if isinstance(n_channels, float):
+        return max(1, int(n_channels * channels))
+    return min(n_channels, channels)
+
+
+def highest(values: Tensor, k: int) -> Tensor:
+    """Indices of the highest values in each row; all of them are in order, fewer in no order.
+
+    Args:
+        values: (B, N).
+        k: how many, in [1, N].
+
+    Returns:
+        (B, k) int64.
+    """
+    if k == values.shape[1]:
+        return torch.arange(k, device=values.device).expand(len(values), k)
+    return values.topk(k, dim=1, sorted=False).indices
+
+
+def inner_seeds(maps: Tensor, block: tuple[int, int]) -> Tensor:
+    """The part of maps where a block fits around a seed.
+
+    A block reaches (rows - 1) // 2 above its seed and rows // 2 below: the seed is the block's
+    middle, the first of two if it is even.
+
+    Args:
+        maps: (..., H, W).
+        block: (rows, columns) of the blocks, at most (H, W).
+
+    Returns:
+        (..., H - rows + 1, W - columns + 1), a view.
+    """
+    height, width = maps.shape[-2:]
+    top, left = (block[0] - 1) // 2, (block[1] - 1) // 2
+    return maps[..., top : height - block[0] // 2, left : width - block[1] // 2]
+
+
+def drop_in_maps(x: Tensor, samples: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
+    """``x`` without the dropped units, what is kept multiplied by CHW / count_ones(M) per sample.
+
+    Args:
+        x: activations (B, C, H, W).
+        samples: the sample of each of R maps, (R,) int64; or numbers 0 to B - 1, (B, 1), and each
+            sample has n' maps. The second has no data-dependent shapes and can be compiled.
+        chosen: the channel of each of these maps, (R,) or (B, n') int64, no map twice.
+        dropped: these maps (R, H, W) or (B, n', H, W), True where a unit is dropped.
+
+    Returns:
+        (B, C, H, W) in the dtype and memory format of ``x``.
+    """
+    scale = _scale(x, samples, dropped)
+    if torch.compiler.is_compiling():
+        return x * _factors(x, scale, chosen, dropped)
+    out: Tensor = _ScaleAndDrop.apply(x, scale, samples, chosen, dropped)
+    return out
+
+
+def _scale(x: Tensor, samples: Tensor, dropped: Tensor) -> Tensor:
+    """CHW / count_ones(M) of each sample, (B, 1, 1, 1) in the dtype of ``x``."""
+    n_dropped = dropped.sum((-2, -1), dtype=torch.float32)
+    if samples.ndim == 1:
+        n_dropped = n_dropped.new_zeros(len(x)).index_add_(0, samples, n_dropped)
+    else:
+        n_dropped = n_dropped.sum(1)
+    units = x.shape[1] * x.shape[2] * x.shape[3]
+    return kept_scale(units, units - n_dropped).to(x.dtype)[:, None, None, None]
+
+
+def _factors(x: Tensor, scale: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
+    """What ``x`` is multiplied by: ``scale``, and 0 where a chosen map (B, n') has dropped units.
+
+    Each map looks up its factors in a list of those of the chosen maps and of one that keeps all:
+    a pointwise expression, which a compiler fuses with the product.
+    """
+    factors = torch.where(dropped, 0.0, scale)
+    factors = torch.cat([factors, scale.expand(-1, 1, *x.shape[2:])], 1)
+    n = chosen.shape[1]
+    numbers = torch.arange(n, device=x.device).expand_as(chosen)
+    numbers = chosen.new_full(x.shape[:2], n).scatter(1, chosen, numbers)
+    return factors.gather(1, numbers[:, :, None, None].expand_as(x))
+
+
+class _ScaleAndDrop(torch.autograd.Function):
+    """``x * scale`` with zeros where the maps ``[samples, chosen]`` of x have dropped units.
+
+    Only these maps are written again, and no mask of all maps waits for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, samples: Tensor, chosen: Tensor, dropped: Tensor
+    ) -> Tensor:
+        out = x * scale
+        out[samples, chosen] = out[samples, chosen].masked_fill_(dropped, 0.0)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _ScaleAndDrop.apply(grad, *ctx.saved_tensors), None, None, None, None
+
+
 @register(
     "camdrop",
     summary="drops blocks where the class activation map is highest",
-    paper="Wang et al. 2019, doi:10.1145/3357384.3357999",
+    paper=Paper.with_bibtex(
+        "Wang et al. 2019, doi:10.1145/3357384.3357999",
+        "CamDrop",
+        "CamDrop: A New Explanation of Dropout and A Guided Regularization Method for Deep "
+        "Neural Networks",
+        "https://doi.org/10.1145/3357384.3357999",
+        "inproceedings",
+        "wang2019camdrop",
+        author="Wang, Hongjun and Wang, Guangrun and Li, Guanbin and Lin, Liang",
+        booktitle="Proceedings of the 28th ACM International Conference on Information and "
+        "Knowledge Management",
+        year="2019",
+        doi="10.1145/3357384.3357999",
+    ),
+    placement=Placement(where=("skip_in", "conv", "last_conv"), last_stages=2),
 )
 class CamDrop2d(StructDropLayer):
     """CamDrop: see :func:`cam_drop_2d`.

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer, check_maps
-from timm_structdrop.layers._learned_clusters import LearnedClusters, resample_labels
-from timm_structdrop.layers._mask import apply_mask
-from timm_structdrop.layers._registry import register
-from timm_structdrop.layers._step import is_recomputed
+from timm_structdrop.cluster import (
+    NotFiniteError,
+    ReNAResult,
+    adjusted_rand_index,
+    rena,
+    spatial_hopkins,
+)
+from timm_structdrop.layers.base import (
+    FittedLayer,
+    Paper,
+    Placement,
+    check_choice,
+    check_drop_prob,
+    check_fraction,
+    check_integer,
+    check_maps,
+    is_recomputed,
+    register,
+)
+from timm_structdrop.layers.blocks import apply_mask
 
 __all__ = ["DropCluster2d", "cluster_mask", "drop_cluster_2d", "resample_labels"]
 
 ROUNDINGS = ("stochastic", "floor")
+LEAST_SIDE = 3  # of maps whose Spatial Hopkins statistic is computed
 
 
 def cluster_mask(
@@ -107,12 +125,43 @@ def drop_cluster_2d(
     return apply_mask(x, cluster_mask(labels, structured, drop_prob, n_clusters, rounding)[None])
 
 
+def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels at another resolution: each pixel takes the label at its centre.
+
+    Going up and back down again returns the labels it started from.
+
+    Args:
+        labels: (C, H, W), of any dtype.
+        size: (h, w).
+
+    Returns:
+        (C, h, w).
+    """
+    if labels.shape[-2:] == tuple(size):
+        return labels
+    for dim, new in ((1, size[0]), (2, size[1])):
+        centres = torch.arange(new, device=labels.device) + 0.5
+        labels = labels.index_select(dim, (centres * labels.shape[dim] / new).long())
+    return labels
+
+
 @register(
     "dropcluster",
     summary="drops clusters of correlated pixels learned from the activations (ReNA)",
-    paper="Chen et al. 2020, arXiv:2002.02997",
+    paper=Paper.with_bibtex(
+        "Chen et al. 2020, arXiv:2002.02997",
+        "DropCluster",
+        "DropCluster: A structured dropout for convolutional networks",
+        "https://arxiv.org/abs/2002.02997",
+        "article",
+        "chen2020dropcluster",
+        author="Chen, Liyan and Gautier, Philip and Aydore, Sergul",
+        journal="arXiv preprint arXiv:2002.02997",
+        year="2020",
+    ),
+    placement=Placement(where=("stem",), last_stages=0),
 )
-class DropCluster2d(LearnedClusters):
+class DropCluster2d(FittedLayer):
     """Drops clusters of pixels that :func:`timm_structdrop.cluster.rena` finds in the activations.
 
     Before its first fit the layer is the identity. A fit (:meth:`fit`, :meth:`request_fit`, or by
@@ -120,10 +169,12 @@ class DropCluster2d(LearnedClusters):
     ``n_clusters`` clusters in every channel and marks the channels that have no such structure,
     which are zero from then on, in training and at inference.
 
-    What is found is kept in buffers, see
-    :class:`~timm_structdrop.layers._learned_clusters.LearnedClusters`. Only a layer with
-    ``fit_start_step`` counts its training forwards in ``step``, each once: those that gradient
-    checkpointing repeats do not count.
+    What is found lives in persistent buffers of fixed shape and integer type, so whatever carries a
+    state_dict carries it: ``labels`` (C, H, W) uint8, ``structured`` (C,) bool, ``fitted_at``
+    (-1 = never), ``fitted_size`` (the map the clusters were found on), ``step`` (training forwards
+    seen). A state_dict without them loads strictly and leaves the layer unfitted; labels of another
+    resolution are resampled to this layer's. Only a layer with ``fit_start_step`` counts its
+    training forwards, each once: those that gradient checkpointing repeats do not count.
 
     Args:
         channels: C of the maps.
@@ -146,6 +197,10 @@ class DropCluster2d(LearnedClusters):
             too small for the criterion.
     """
 
+    keeps_map_state = True
+    fitted_size: Tensor
+    step: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -158,7 +213,17 @@ class DropCluster2d(LearnedClusters):
         fit_start_step: int | None = None,
         fit_every_steps: int | None = None,
     ) -> None:
-        super().__init__(channels, size, drop_prob, n_clusters, criterion, hopkins_threshold)
+        super().__init__(drop_prob)
+        height, width = size
+        if channels < 1 or height < 1 or width < 1:
+            raise ValueError(f"channels, H and W must be at least 1; got {channels}, {size}")
+        rule = f"in [2, min(256, H*W = {height * width})]"
+        self.n_clusters = check_integer(
+            "n_clusters", n_clusters, rule, low=2, high=min(256, height * width)
+        )
+        self.criterion = check_choice("criterion", criterion, ("rena", "hopkins"))
+        self.hopkins_threshold = check_fraction("hopkins_threshold", hopkins_threshold, "[0, 1]")
+        self.check_size((height, width))
         self.rounding = check_choice("rounding", rounding, ROUNDINGS)
         rule = "an integer of at least 1 or None"
         if fit_start_step is not None:
@@ -169,6 +234,12 @@ class DropCluster2d(LearnedClusters):
                 raise ValueError(f"fit_every_steps needs fit_start_step; got {fit_every_steps}")
         self.fit_start_step = fit_start_step
         self.fit_every_steps = fit_every_steps
+        self.fits_itself = fit_start_step is not None
+        self.register_buffer("labels", torch.zeros(channels, height, width, dtype=torch.uint8))
+        self.register_buffer("structured", torch.ones(channels, dtype=torch.bool))
+        self.register_buffer("fitted_at", torch.tensor(-1))
+        self.register_buffer("fitted_size", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("step", torch.tensor(0))
         self._requested_at: int | None = None
         self._n_steps: int | None = None  # `step`, once read: on a GPU each reading is a wait
         self._checked_size: tuple[int, ...] | None = None
@@ -176,6 +247,118 @@ class DropCluster2d(LearnedClusters):
     @classmethod
     def build(cls, channels: int, size: tuple[int, int], /, **settings: Any) -> DropCluster2d:
         return cls(channels, size, **settings)
+
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Raise ValueError for maps of ``size`` = (H, W) on which the clusters cannot be found."""
+        height, width = size
+        if self.n_clusters > height * width:
+            raise ValueError(
+                f"n_clusters must be in [2, H*W = {height * width}] of the map; "
+                f"got {self.n_clusters} on a {height}x{width} map"
+            )
+        if self.criterion == "hopkins" and min(size) < LEAST_SIDE:
+            raise ValueError(
+                f"maps must be at least {LEAST_SIDE}x{LEAST_SIDE} where criterion is 'hopkins'; "
+                f"got {height}x{width}"
+            )
+
+    @torch.no_grad()
+    def fit(self, activations: Tensor, at: int = 0) -> ReNAResult | None:
+        """Algorithm 1: find the clusters and the unstructured channels of one mini-batch.
+
+        The old state stays, with a warning, if the activations are not finite or if no channel
+        has structure.
+
+        Args:
+            activations: this layer's input, (B, C, H, W).
+            at: what to record as the time of the fit, an epoch or update index >= 0.
+
+        Returns:
+            The clusters as found, at the resolution of the activations; None if they are not
+            finite.
+
+        Raises:
+            ValueError: the shape is not (B, C, H, W) with this layer's C, H*W < n_clusters, or the
+                criterion is ``"hopkins"`` and the maps are smaller than 3x3.
+        """
+        if activations.ndim != 4 or activations.shape[1] != self.labels.shape[0]:
+            raise ValueError(
+                f"activations must be (B, C = {self.labels.shape[0]}, H, W); "
+                f"got {tuple(activations.shape)}"
+            )
+        self.check_size(tuple(activations.shape[-2:]))
+        started = time.perf_counter()
+        try:
+            result = rena(activations, self.n_clusters)
+        except NotFiniteError as error:
+            warnings.warn(f"DropCluster2d: {error}; the old clusters are kept", stacklevel=2)
+            return None
+        structured = result.structured & self._hopkins_structured(activations, at)
+        if not bool(structured.any()):
+            warnings.warn(
+                f"DropCluster2d: none of the {len(structured)} channels has structure; "
+                "the old clusters are kept",
+                stacklevel=2,
+            )
+            return result
+        height, width = activations.shape[-2:]
+        stored = resample_labels(result.labels, (self.labels.shape[1], self.labels.shape[2]))
+        stored = torch.where(structured[:, None, None], stored, 0).to(torch.uint8)
+        facts = self._facts(stored, structured, at)
+        self.labels.copy_(stored)
+        self.structured.copy_(structured)
+        self.fitted_at.fill_(at)
+        self.fitted_size.copy_(torch.tensor([height, width]))
+        self.last_fit = {**facts, "seconds": time.perf_counter() - started}
+        return result
+
+    def fit_on_all_ranks(self, activations: Tensor, at: int) -> None:
+        """:meth:`fit`; where ``torch.distributed`` runs, on rank 0, for all the others.
+
+        Args:
+            activations: this layer's input on this rank, (B, C, H, W).
+            at: the time of the fit, an epoch or update index >= 0.
+
+        Raises:
+            ValueError: as :meth:`fit`, on rank 0.
+            RuntimeError: the fit has failed on rank 0, on all the others.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            self.fit(activations, at)
+            return
+        error: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                self.fit(activations, at)
+            except Exception as raised:  # whatever it is, the others are waiting
+                error = raised
+        failed = torch.tensor(int(error is not None), device=self.labels.device)
+        dist.broadcast(failed, src=0)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("the clusters of all ranks are fitted on rank 0, where it failed")
+        structured = self.structured.to(torch.uint8)  # gloo has no bool
+        for state in (self.labels, structured, self.fitted_at, self.fitted_size):
+            dist.broadcast(state, src=0)
+        self.structured.copy_(structured)
+
+    def request_fit(self, at: int) -> None:
+        """Make the next training forward :meth:`fit` on its own input, before it drops anything.
+
+        With ``torch.distributed`` running, every rank must ask: rank 0 fits and broadcasts.
+        Under ``torch.compile`` run that forward in ``torch.compiler.set_stance("force_eager")``.
+        """
+        self._requested_at = at
+
+    def draw_mask(self) -> Tensor:
+        return cluster_mask(
+            self.labels.cpu(),
+            self.structured.cpu(),
+            self.target_drop_prob,
+            self.n_clusters,
+            self.rounding,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         eager = not torch.compiler.is_compiling()
@@ -194,14 +377,6 @@ class DropCluster2d(LearnedClusters):
         if eager and not x.is_cuda and bool(self.structured.all()):
             return x
         return drop_cluster_2d(x, self.labels, self.structured, training=False)
-
-    def request_fit(self, at: int) -> None:
-        """Make the next training forward :meth:`fit` on its own input, before it drops anything.
-
-        With ``torch.distributed`` running, every rank must ask: rank 0 fits and broadcasts.
-        Under ``torch.compile`` run that forward in ``torch.compiler.set_stance("force_eager")``.
-        """
-        self._requested_at = at
 
     @torch.compiler.disable
     def _fit_if_due(self, x: Tensor) -> None:
@@ -234,7 +409,42 @@ class DropCluster2d(LearnedClusters):
                 stacklevel=3,
             )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _hopkins_structured(self, activations: Tensor, at: int) -> Tensor:
+        if self.criterion == "rena":
+            return torch.ones_like(self.structured)
+        # a generator of its own, so that a fit does not shift the training's random numbers
+        generator = torch.Generator(activations.device).manual_seed(at)
+        return spatial_hopkins(activations, generator=generator) >= self.hopkins_threshold
+
+    def _facts(self, labels: Tensor, structured: Tensor, at: int) -> dict[str, Any]:
+        ari = None
+        both = structured & self.structured
+        if self.is_fitted and bool(both.any()):
+            ari = float(adjusted_rand_index(self.labels[both], labels[both]).mean())
+        return {
+            "at": at,
+            "n_clusters": self.n_clusters,
+            "channels": len(structured),
+            "unstructured": int((~structured).sum()),
+            "adjusted_rand_index": ari,
+        }
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        fresh = {
+            prefix + "labels": torch.zeros_like(self.labels),
+            prefix + "structured": torch.ones_like(self.structured),
+            prefix + "fitted_at": torch.full_like(self.fitted_at, -1),
+            prefix + "fitted_size": torch.zeros_like(self.fitted_size),
+            prefix + "step": torch.zeros_like(self.step),
+        }
+        if not any(name in state_dict for name in fresh):
+            state_dict.update(fresh)
+        labels = state_dict.get(prefix + "labels")
+        if labels is not None and labels.ndim == 3 and len(labels) == len(self.labels):
+            size = (self.labels.shape[1], self.labels.shape[2])
+            state_dict[prefix + "labels"] = resample_labels(labels, size)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._checked_size = None
         self._n_steps = None

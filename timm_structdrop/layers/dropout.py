@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._check import check_drop_prob
-from timm_structdrop.layers._mask import drop_alike
-from timm_structdrop.layers._registry import register
+from timm_structdrop.layers.base import Paper, Placement, StructDropLayer, check_drop_prob, register
+from timm_structdrop.layers.blocks import drop_alike
 
 __all__ = ["UnitDropout2d", "unit_dropout_2d"]
 
@@ -39,7 +37,21 @@ def unit_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool =
 @register(
     "dropout",
     summary="drops single units",
-    paper="Srivastava et al. 2014, JMLR 15:1929-1958",
+    paper=Paper.with_bibtex(
+        "Srivastava et al. 2014, JMLR 15:1929-1958",
+        "Dropout",
+        "Dropout: A Simple Way to Prevent Neural Networks from Overfitting",
+        "https://jmlr.org/papers/v15/srivastava14a.html",
+        "article",
+        "srivastava2014dropout",
+        author="Srivastava, Nitish and Hinton, Geoffrey and Krizhevsky, Alex and Sutskever, Ilya "
+        "and Salakhutdinov, Ruslan",
+        journal="Journal of Machine Learning Research",
+        volume="15",
+        pages="1929--1958",
+        year="2014",
+    ),
+    placement=Placement(where=("conv", "last_conv")),
 )
 class UnitDropout2d(StructDropLayer):
     """Dropout of the units of a map: see :func:`unit_dropout_2d`.

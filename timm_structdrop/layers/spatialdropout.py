@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._check import check_maps
-from timm_structdrop.layers._mask import drop_alike
-from timm_structdrop.layers._registry import register
+from timm_structdrop.layers.base import Paper, Placement, StructDropLayer, check_maps, register
+from timm_structdrop.layers.blocks import drop_alike
 
 __all__ = ["SpatialDropout2d", "spatial_dropout_2d"]
 
@@ -36,7 +34,19 @@ def spatial_dropout_2d(x: Tensor, drop_prob: float | Tensor = 0.1, training: boo
 @register(
     "spatialdropout",
     summary="drops whole channels",
-    paper="Tompson et al. 2015, arXiv:1411.4280",
+    paper=Paper.with_bibtex(
+        "Tompson et al. 2015, arXiv:1411.4280",
+        "SpatialDropout",
+        "Efficient Object Localization Using Convolutional Networks",
+        "https://arxiv.org/abs/1411.4280",
+        "inproceedings",
+        "tompson2015spatialdropout",
+        author="Tompson, Jonathan and Goroshin, Ross and Jain, Arjun and LeCun, Yann and "
+        "Bregler, Christoph",
+        booktitle="IEEE Conference on Computer Vision and Pattern Recognition",
+        year="2015",
+    ),
+    placement=Placement(where=("conv", "last_conv")),
 )
 class SpatialDropout2d(StructDropLayer):
     """SpatialDropout: see :func:`spatial_dropout_2d`.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from timm_structdrop.layers._base import StructDropLayer
-from timm_structdrop.layers._mask import drop_alike
-from timm_structdrop.layers._registry import register
+from timm_structdrop.layers.base import Paper, Placement, StructDropLayer, register
+from timm_structdrop.layers.blocks import drop_alike
 
 __all__ = ["StochasticDepth", "stochastic_depth"]
 
@@ -35,7 +34,19 @@ def stochastic_depth(x: Tensor, drop_prob: float | Tensor = 0.1, training: bool 
 @register(
     "stochasticdepth",
     summary="drops residual branches, sample by sample",
-    paper="Huang et al. 2016, arXiv:1603.09382",
+    paper=Paper.with_bibtex(
+        "Huang et al. 2016, arXiv:1603.09382",
+        "Stochastic Depth",
+        "Deep Networks with Stochastic Depth",
+        "https://arxiv.org/abs/1603.09382",
+        "inproceedings",
+        "huang2016stochasticdepth",
+        author="Huang, Gao and Sun, Yu and Liu, Zhuang and Sedra, Daniel and Weinberger, Kilian Q.",
+        booktitle="European Conference on Computer Vision",
+        year="2016",
+    ),
+    placement=Placement(where=("last_conv",), last_stages=0, note="one rate for all"),
+    residual_only=True,
 )
 class StochasticDepth(StructDropLayer):
     """StochasticDepth on one residual branch: see :func:`stochastic_depth`.

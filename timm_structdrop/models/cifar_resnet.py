@@ -11,8 +11,8 @@ from timm.models import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.models._architectures import register_architecture, small_cfg
 from timm_structdrop.models._staged import StagedNet
+from timm_structdrop.models.architectures import register_architecture, small_cfg
 
 __all__ = ["CifarResNet", "CifarStemResNet", "OptionAShortcut", "option_a_shortcut"]
 

@@ -12,20 +12,28 @@ from timm.models import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import HEAD_SUB_MODELS, Fork, RBlock2d
-from timm_structdrop.models._trace import forward_zeros
+from timm_structdrop.layers import Fork, StructDropLayer
 from timm_structdrop.models.slots import Slot, stage_modules
+from timm_structdrop.models.trace import forward_zeros
 
-__all__ = ["head_slot", "insert_fork", "is_on_head", "refuse_second_fork"]
-
-
-def is_on_head(settings: dict[str, Any]) -> bool:
-    """Whether R-Block with these settings acts on the features before the classifier."""
-    return settings.get("sub_models") in HEAD_SUB_MODELS
+__all__ = ["head_setting", "head_slot", "insert_fork", "refuse_second_fork"]
 
 
-def head_slot(model: nn.Module) -> Slot:
+def head_setting(layer: type[StructDropLayer], settings: dict[str, Any]) -> str:
+    """The setting with which the layer acts on the features before the classifier, such as
+    ``sub_models 'r-drop'``; empty if there is none."""
+    for key, values in layer.head_settings.items():
+        if settings.get(key) in values:
+            return f"{key} {settings[key]!r}"
+    return ""
+
+
+def head_slot(model: nn.Module, setting: str) -> Slot:
     """The place before the model's classifier, by timm's ``get_classifier``.
+
+    Args:
+        model: with its classifier.
+        setting: of :func:`head_setting`, what asks for the place.
 
     Raises:
         UserError: the model does not say what its classifier is.
@@ -36,22 +44,24 @@ def head_slot(model: nn.Module) -> Slot:
         if path and module is classifier:
             return Slot(path, "head", 0)
     raise UserError(
-        f"{' and '.join(HEAD_SUB_MODELS)} act before one classifier, which timm's models name by "
-        f"get_classifier; {type(model).__name__} has none"
+        f"{setting} acts before one classifier, which timm's models name by get_classifier; "
+        f"{type(model).__name__} has none"
     )
 
 
-def refuse_second_fork(model: nn.Module) -> None:
-    """Raise UserError if the model has a fork."""
+def refuse_second_fork(model: nn.Module, name: str) -> None:
+    """Raise UserError if the model has a fork, which the regularizer ``name`` needs."""
     if any(isinstance(module, Fork) for module in model.modules()):
         raise UserError(
-            "a model is forked once: name all stages or modules of rblock in one call; "
+            f"a model is forked once: name all stages or modules of {name} in one call; "
             f"{type(model).__name__} is forked already"
         )
 
 
-def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, int]) -> None:
-    """Fork the batch in front of the R-Block layers, in a :class:`~timm_structdrop.layers.Fork`.
+def insert_fork(
+    model: nn.Module, name: str, slots: Sequence[Slot], img_size: tuple[int, int]
+) -> None:
+    """Fork the batch in front of the layers that fork, in a :class:`~timm_structdrop.layers.Fork`.
 
     In residual networks with stages ``layer1``, ``layer2``, ... it is the entrance of the first
     regularized stage. Elsewhere it is the innermost place around the first layer, the layer itself
@@ -61,7 +71,8 @@ def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, in
     runs on both halves. Keys of the state_dict stay as they are.
 
     Args:
-        model: the model with its R-Block layers in place.
+        model: the model with its layers in place.
+        name: their regularizer.
         slots: where they are.
         img_size: (H, W) for that forward pass.
 
@@ -77,9 +88,13 @@ def insert_fork(model: nn.Module, slots: Sequence[Slot], img_size: tuple[int, in
             module.register_forward_pre_hook(_call_fork)
             return
     raise UserError(
-        "rblock needs a place from which a doubled batch reaches all its layers and the output; "
+        f"{name} needs a place from which a doubled batch reaches all its layers and the output; "
         f"{type(model).__name__} has none before {slots[0].path}: choose other stages or modules"
     )
+
+
+def _forks(module: nn.Module) -> bool:
+    return isinstance(module, StructDropLayer) and module.forks
 
 
 def _call_fork(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -97,13 +112,13 @@ def _stage_entrance(model: nn.Module, slots: Sequence[Slot]) -> str | None:
 
 
 def _places(model: nn.Module, img_size: tuple[int, int]) -> list[str]:
-    """Where the fork may be, the latest first: at the first R-Block layer to run, at the modules
-    around it, innermost first, at the first module to run, and at the model."""
+    """Where the fork may be, the latest first: at the first layer that forks to run, at the
+    modules around it, innermost first, at the first module to run, and at the model."""
     ran: list[str] = []
     layers: list[str] = []
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        (layers if isinstance(module, RBlock2d) else ran).append(path)
+        (layers if _forks(module) else ran).append(path)
 
     handles = [
         module.register_forward_pre_hook(partial(note, path))
@@ -134,7 +149,7 @@ def _first_called(model: nn.Module, path: str) -> str:
 
 
 def _doubles_everything(model: nn.Module, path: str, img_size: tuple[int, int]) -> bool:
-    """Whether a batch doubled in front of ``path`` is double in every R-Block layer and the end."""
+    """Whether a batch doubled in front of ``path`` is double in what forks, and at the end."""
     batches: list[int] = []
 
     def double(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +159,7 @@ def _doubles_everything(model: nn.Module, path: str, img_size: tuple[int, int]) 
         batches.append(len(args[0]))
 
     handles = [model.get_submodule(path).register_forward_pre_hook(double)]
-    layers = [module for module in model.modules() if isinstance(module, RBlock2d)]
+    layers = [module for module in model.modules() if _forks(module)]
     handles += [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         # one image would broadcast anywhere

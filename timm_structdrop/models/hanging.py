@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers._tell import tell
+from timm_structdrop.layers.base import tell
 
 __all__ = ["convert_sync_batchnorm", "hang"]
 

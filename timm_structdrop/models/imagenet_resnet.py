@@ -6,7 +6,7 @@ from functools import partial
 
 from timm.models import BasicBlock, Bottleneck, ResNet
 
-from timm_structdrop.models._architectures import register_architecture
+from timm_structdrop.models.architectures import register_architecture
 
 for _name, _block, _layers in (
     ("resnet18", BasicBlock, (2, 2, 2, 2)),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_structdrop.models._architectures import register_architecture, small_cfg
 from timm_structdrop.models._plain_chain import PlainChain, conv_block, max_pool
+from timm_structdrop.models.architectures import register_architecture, small_cfg
 
 __all__ = ["LeNet5"]
 

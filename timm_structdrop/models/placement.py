@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import DropBlock2d as TimmDropBlock2d
@@ -11,92 +10,32 @@ from timm.layers import DropPath, register_notrace_module
 from torch import nn
 
 from timm_structdrop.errors import UserError, nearest
-from timm_structdrop.layers import RBlock2d, StructDropLayer, regularizers
+from timm_structdrop.layers import Placement, StructDropLayer, regularizers
 from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
 from timm_structdrop.models._reset import keep_on_reset
-from timm_structdrop.models._trace import map_shape
 from timm_structdrop.models._where import groups_in_words, kinds_in_words, slots_in_words
 from timm_structdrop.models.forking import (
+    head_setting,
     head_slot,
     insert_fork,
-    is_on_head,
     refuse_second_fork,
 )
 from timm_structdrop.models.slots import Slot, insert, stage_modules
+from timm_structdrop.models.trace import map_shape
 
 __all__ = [
-    "PLACEMENTS",
     "PLACEMENT_KEYWORDS",
-    "Placement",
     "check_settings",
     "paper_schedule",
     "place",
+    "placed_in_words",
+    "rule_in_words",
     "set_drop_prob",
     "structdrop_layers",
     "where_in_words",
 ]
 
 PLACEMENT_KEYWORDS = ("stages", "where", "modules", "img_size")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a regularizer sits unless the user says otherwise.
-
-    Attributes:
-        where: kinds of slots, see :mod:`timm_structdrop.models.slots`.
-        last_stages: how many stages, counted from the deepest; 0 means all.
-        note: what else there is to say of the layers.
-        early: settings of the layers in all but the deepest stage of the network.
-        early_words: the same in words.
-        schedule: the paper's drop schedule, a shape of
-            :class:`timm_structdrop.training.DropSchedule`.
-    """
-
-    where: tuple[str, ...]
-    last_stages: int
-    note: str = ""
-    early: tuple[tuple[str, Any], ...] = ()
-    early_words: str = ""
-    schedule: str = "constant"
-
-    @property
-    def summary(self) -> str:
-        """The rule in words, whatever the network."""
-        known = {0: "", 1: " of the last group", 2: " of the last two groups"}
-        of = known.get(self.last_stages, f" of the last {self.last_stages} groups")
-        early = f"{self.early_words} in all but the last group" if self.early else ""
-        return ", ".join(filter(None, (kinds_in_words(self.where) + of, early, self.note)))
-
-    def words(self, model: nn.Module, slots: Sequence[Slot]) -> str:
-        """Where the layers in these slots of a model are, and what else there is to say."""
-        stages = sorted({slot.stage for slot in slots if self.is_early(model, slot)})
-        early = f"{self.early_words} in {groups_in_words(stages)}" if stages else ""
-        return ", ".join(filter(None, (slots_in_words(slots), early, self.note)))
-
-    def is_early(self, model: nn.Module, slot: Slot) -> bool:
-        """Whether a layer there has the settings ``early``."""
-        if not self.early or slot.kind in ("module", "stage"):
-            return False
-        return slot.stage < max(stage_modules(model))
-
-
-PLACEMENTS: dict[str, Placement] = {
-    "dropcluster": Placement(("stem",), 0),
-    "dropblock": Placement(
-        ("conv", "last_conv", "skip"),
-        2,
-        early=(("gamma_scale", 0.25),),
-        early_words="gamma / 4",
-        schedule="linear",
-    ),
-    "camdrop": Placement(("skip_in", "conv", "last_conv"), 2),
-    "dropout": Placement(("conv", "last_conv"), 1),
-    "spatialdropout": Placement(("conv", "last_conv"), 1),
-    "rblock": Placement(("conv", "last_conv", "skip"), 2, "fork in front of them"),
-    "stochasticdepth": Placement(("last_conv",), 0, "one rate for all"),
-}
-OTHERS = Placement(("conv",), 1)
 
 
 def place(
@@ -138,16 +77,17 @@ def place(
     layer = _layer_class(name)
     check_settings(layer, settings)
     size = image_size(model, img_size)
-    if issubclass(layer, RBlock2d):
-        refuse_second_fork(model)
-    default = PLACEMENTS.get(name, OTHERS)
-    if name == "rblock" and is_on_head(settings):
+    if layer.forks:
+        refuse_second_fork(model, name)
+    default = regularizers[name].placement
+    on_head = head_setting(layer, settings)
+    if on_head:
         if not stages is where is modules is None:
             raise UserError(
-                f"sub_models {settings['sub_models']!r} acts before the classifier: stages, where "
-                f"and modules must be left out; got {stages or where or modules}"
+                f"{on_head} acts before the classifier: stages, where and modules must be left "
+                f"out; got {stages or where or modules}"
             )
-        slots = [head_slot(model)]
+        slots = [head_slot(model, on_head)]
     elif modules is None:
         kinds = default.where if where is None else where
         slots = slots_of_kinds(model, name, kinds, stages, default.last_stages, size)
@@ -160,11 +100,33 @@ def place(
     for slot, module in built:
         module.train(model.training)
         insert(model, slot, module)
-    if issubclass(layer, RBlock2d):
-        insert_fork(model, slots, size)
+    if layer.forks:
+        insert_fork(model, name, slots, size)
     keep_on_reset(model, built)
-    _note_where(model, name, default.words(model, slots))
+    _note_where(model, name, placed_in_words(default, model, slots))
     return model
+
+
+def rule_in_words(placement: Placement) -> str:
+    """The rule of a placement, whatever the network."""
+    known = {0: "", 1: " of the last group", 2: " of the last two groups"}
+    of = known.get(placement.last_stages, f" of the last {placement.last_stages} groups")
+    early = f"{placement.early_words} in all but the last group" if placement.early else ""
+    return ", ".join(filter(None, (kinds_in_words(placement.where) + of, early, placement.note)))
+
+
+def placed_in_words(placement: Placement, model: nn.Module, slots: Sequence[Slot]) -> str:
+    """Where the layers in these slots of a model are, and what else there is to say."""
+    stages = sorted({slot.stage for slot in slots if _is_early(placement, model, slot)})
+    early = f"{placement.early_words} in {groups_in_words(stages)}" if stages else ""
+    return ", ".join(filter(None, (slots_in_words(slots), early, placement.note)))
+
+
+def _is_early(placement: Placement, model: nn.Module, slot: Slot) -> bool:
+    """Whether a layer there has the settings ``early``."""
+    if not placement.early or slot.kind in ("module", "stage"):
+        return False
+    return slot.stage < max(stage_modules(model))
 
 
 def where_in_words(model: nn.Module, name: str) -> str | None:
@@ -190,7 +152,7 @@ def _build(
     """A layer for each slot; the early ones with the settings that the placement has for them."""
     built = []
     for slot in slots:
-        own = dict(default.early) if default.is_early(model, slot) else {}
+        own = default.early if _is_early(default, model, slot) else {}
         shape = _map_shape(layer, model, slot, img_size)
         try:
             built.append((slot, layer.build(*shape, **{**own, **settings})))
@@ -231,8 +193,8 @@ def structdrop_layers(model: nn.Module) -> Iterator[StructDropLayer]:
 def paper_schedule(model: nn.Module) -> str:
     """The drop schedule of the papers for the regularizers of a model, a shape of
     :class:`timm_structdrop.training.DropSchedule`; ``constant`` where they disagree."""
-    names = {layer.regularizer for layer in structdrop_layers(model)} & set(PLACEMENTS)
-    shapes = {PLACEMENTS[name].schedule for name in names}
+    names = {layer.regularizer for layer in structdrop_layers(model)}
+    shapes = {regularizers[name].placement.schedule for name in names}
     return shapes.pop() if len(shapes) == 1 else "constant"
 
 

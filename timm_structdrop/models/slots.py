@@ -30,8 +30,8 @@ from torch import nn
 
 from timm_structdrop.errors import UserError
 from timm_structdrop.layers import StructDropLayer
-from timm_structdrop.models._trace import NORMS, Step, trace
 from timm_structdrop.models.hanging import hang
+from timm_structdrop.models.trace import NORMS, Step, trace
 
 __all__ = ["KINDS", "Slot", "find_slots", "insert", "stage_modules", "stem_slot"]
 

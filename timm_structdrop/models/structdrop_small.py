@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from timm_structdrop.models._architectures import Architecture, architectures
+from timm_structdrop.models.architectures import Architecture, architectures
 
 _SMALL = [architecture for architecture in architectures.values() if not architecture.timm_name]
 

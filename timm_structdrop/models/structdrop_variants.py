@@ -17,16 +17,20 @@ from torch import nn
 
 from timm_structdrop.errors import UserError, nearest, unexpected_keyword
 from timm_structdrop.layers import regularizers
-from timm_structdrop.models._architectures import Architecture, architectures
 from timm_structdrop.models._chosen_slots import image_size, slots_after, slots_of_kinds
 from timm_structdrop.models._where import groups_in_words
+from timm_structdrop.models.architectures import Architecture, architectures
 from timm_structdrop.models.packaged import check_file, packaged, packaged_cfg
-from timm_structdrop.models.placement import PLACEMENT_KEYWORDS, PLACEMENTS, place
+from timm_structdrop.models.placement import (
+    PLACEMENT_KEYWORDS,
+    place,
+    placed_in_words,
+    rule_in_words,
+)
 from timm_structdrop.models.slots import Slot
 
 __all__: list[str] = []  # timm's register_model adds the entrypoints
 
-RESIDUAL_ONLY = ("stochasticdepth",)
 RATE_KEYWORDS = ("drop_block_rate", "keep_prob")
 
 
@@ -123,13 +127,13 @@ class Variant:
     def summary(self) -> str:
         """The rule of the placement in words; `where` says what it comes to."""
         change = self.architecture.placements.get(self.regularizer, {})
-        usual = PLACEMENTS[self.regularizer]
+        usual = regularizers[self.regularizer].placement
         if callable(change):
             return f"where {change.__module__.rpartition('.')[2]}.{change.__name__} puts it"
         if "stages" in change:
             usual = replace(usual, last_stages=0)
-            return f"{usual.summary} of {groups_in_words(change['stages'])}"
-        return usual.summary
+            return f"{rule_in_words(usual)} of {groups_in_words(change['stages'])}"
+        return rule_in_words(usual)
 
     def where(self, model: nn.Module, found: Sequence[Slot]) -> str:
         """Where the layers are, in words.
@@ -139,15 +143,15 @@ class Variant:
             found: its slots.
         """
         change = self.placement(model)
-        usual = PLACEMENTS[self.regularizer]
+        usual = regularizers[self.regularizer].placement
         if "modules" in change:
-            return usual.words(model, slots_after(model, change["modules"]))
+            return placed_in_words(usual, model, slots_after(model, change["modules"]))
         size = image_size(model, self.architecture.cfg["input_size"][-2:])
         stages = change.get("stages")
         slots = slots_of_kinds(
             model, self.regularizer, usual.where, stages, usual.last_stages, size, found
         )
-        return usual.words(model, slots)
+        return placed_in_words(usual, model, slots)
 
     def _chosen_cfg(self, pretrained: bool, asked: Any) -> PretrainedCfg:
         """The cfg that is asked for: itself, by its tag, or the default.
@@ -184,11 +188,9 @@ def _rate(drop_block_rate: float | None, keep_prob: float | None) -> float | Non
 
 
 def _fits(architecture: Architecture, name: str) -> bool:
-    if name not in PLACEMENTS:
-        return False
     if architecture.regularizers is not None:
         return name in architecture.regularizers
-    return name not in RESIDUAL_ONLY or architecture.residual
+    return architecture.residual or not regularizers[name].residual_only
 
 
 variants = {

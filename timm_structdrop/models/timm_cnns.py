@@ -14,7 +14,7 @@ from typing import Any
 from timm.models import model_entrypoint
 from torch import nn
 
-from timm_structdrop.models._architectures import register_architecture
+from timm_structdrop.models.architectures import register_architecture
 
 __all__ = ["late_cell_norms"]
 

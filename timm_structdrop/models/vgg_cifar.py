@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from timm_structdrop.models._architectures import register_architecture, small_cfg
 from timm_structdrop.models._plain_chain import PlainChain, conv_block, max_pool
+from timm_structdrop.models.architectures import register_architecture, small_cfg
 
 __all__ = ["CifarVGG"]
 

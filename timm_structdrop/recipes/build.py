@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from timm_structdrop.errors import UserError, nearest, unexpected_keyword
 from timm_structdrop.hub.failures import hub_errors
-from timm_structdrop.layers import DropCluster2d
+from timm_structdrop.layers import FittedLayer
 from timm_structdrop.models.packaged import packaged
 from timm_structdrop.models.placement import paper_schedule, structdrop_layers
 from timm_structdrop.models.structdrop_attached import attach
@@ -207,8 +207,8 @@ def build_task(
             total_updates=epochs * updates_per_epoch,
             start_update=round(flags.drop_schedule_start * updates_per_epoch),
         )
-    clusters = [layer for layer in model.modules() if isinstance(layer, DropCluster2d)]
-    if any(layer.fit_start_step is None for layer in clusters):
+    clusters = [layer for layer in model.modules() if isinstance(layer, FittedLayer)]
+    if not all(layer.fits_itself for layer in clusters):
         refits = ClusterRefits(model, flags.cluster_start, flags.cluster_every)
         fitted = any(layer.is_fitted for layer in clusters)  # it came with pretrained weights
         if flags.cluster_start >= epochs and not fitted:

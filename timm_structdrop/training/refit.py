@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.layers import DropCluster2d
+from timm_structdrop.layers import FittedLayer
 
 __all__ = ["ClusterRefits"]
 
 
 class ClusterRefits:
-    """Asks every ``DropCluster2d`` of a model for its fits: at ``start``, ``start + every``, ...
+    """Asks every DropCluster layer of a model for its fits: at ``start``, ``start + every``, ...
 
     Epochs are counted from 0, so with the paper's 50 and 50 the first fit comes after 50 epochs
     without any dropping, on the first training mini-batch of epoch 50. When to fit is a function
@@ -36,7 +36,7 @@ class ClusterRefits:
         self.layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, DropCluster2d)
+            if isinstance(module, FittedLayer)
         }
         if not self.layers:
             raise UserError("cluster refits need a model with DropCluster2d layers; got none")
@@ -61,7 +61,7 @@ class ClusterRefits:
     def report(self, epoch: int) -> dict[str, dict[str, Any]]:
         """What the fits of ``epoch`` found, by layer name; empty when there was none.
 
-        The facts are those of ``DropCluster2d.last_fit``: clusters, channels, unstructured
+        The facts are those of ``FittedLayer.last_fit``: clusters, channels, unstructured
         channels, the adjusted Rand index with the partition before (None at the first fit) and
         seconds. A layer whose fit was refused (it warned) is left out.
         """

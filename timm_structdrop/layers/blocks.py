@@ -1,4 +1,6 @@
-"""How often to draw a block's seed so that the expected fraction of dropped units is exactly p.
+"""What regularizers share on tensors: seed rates, blocks, and "rescale what is kept".
+
+How often to draw a block's seed so that the expected fraction of dropped units is exactly p.
 
 A unit (i, j) is dropped if one of the n(i, j) seed positions whose block covers it is drawn, so
 with seeds drawn independently at rate gamma the expected fraction dropped is
@@ -22,10 +24,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from timm_structdrop.layers._blocks import clamp_block
-from timm_structdrop.layers._check import check_choice, check_drop_prob, check_integer
+from timm_structdrop.layers.base import check_choice, check_drop_prob, check_integer
 
-__all__ = ["paper_rate", "seed_rate", "seed_rate_tensor"]
+__all__ = [
+    "apply_mask",
+    "bernoulli_scale",
+    "clamp_block",
+    "drop_alike",
+    "grow_blocks",
+    "kept_scale",
+    "may_look_at_data",
+    "paper_rate",
+    "seed_places",
+    "seed_rate",
+    "seed_rate_tensor",
+    "uniform",
+]
 
 # 4 steps were seen to reach 2e-11 over maps up to 224 x 224, blocks up to 150 and p up to 1 - 1e-6
 STEPS = 4
@@ -74,10 +88,9 @@ def paper_rate(p: float | Tensor, size: tuple[int, int], block_size: int = 7) ->
     Returns:
         gamma, at most ``p``, of the type of ``p``.
     """
-    height, width = size
-    rows, columns = clamp_block(block_size, size)
-    seeds = (height - rows + 1) * (width - columns + 1)
-    return p * (height * width / (rows * columns * seeds))
+    block = clamp_block(block_size, size)
+    rows, columns = seed_places(size, block)
+    return p * (size[0] * size[1] / (block[0] * block[1] * rows * columns))
 
 
 def seed_rate_tensor(
@@ -180,3 +193,147 @@ def _reach(length: int, block: int, seeds: str) -> tuple[int, int, int]:
     if seeds == "valid":
         return 0, block - 1, length - block
     return (block - 1) // 2, block // 2, length - 1
+
+
+def clamp_block(block_size: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the blocks on a map: a block is never larger than the map.
+
+    Args:
+        block_size: side of the blocks, at least 1.
+        size: (H, W) of the map.
+    """
+    return min(block_size, size[0]), min(block_size, size[1])
+
+
+def seed_places(
+    size: tuple[int, int], block: tuple[int, int], seeds: str = "valid"
+) -> tuple[int, int]:
+    """(rows, columns) of the grid of positions where a seed may be.
+
+    Args:
+        size: (H, W) of the map.
+        block: (rows, columns) of the blocks, at most (H, W).
+        seeds: ``"valid"``: wherever a whole block fits; ``"all"``: everywhere.
+    """
+    return size if seeds == "all" else (size[0] - block[0] + 1, size[1] - block[1] + 1)
+
+
+def grow_blocks(drawn: Tensor, block: tuple[int, int], seeds: str = "valid") -> Tensor:
+    """The union of the blocks grown from drawn seeds, with no data-dependent shapes.
+
+    The number of seeds whose block covers a unit is a sum over rows and columns, so two products
+    with band matrices count them; pooling a 7x7 window is ten times slower on a CPU.
+
+    Args:
+        drawn: where a seed was drawn, bool. ``seeds="valid"``: (B, C, H - rows + 1,
+            W - columns + 1), a seed is the first unit of its block. ``seeds="all"``: (B, C, H, W),
+            a seed is the middle of its block, the first of two middles if the block is even, and
+            the block is cut at the border.
+        block: (rows, columns) of the blocks, at most (H, W).
+        seeds: ``"valid"`` or ``"all"``.
+
+    Returns:
+        True in the blocks, (B, C, H, W) bool.
+    """
+    rows = _covers(drawn.shape[-2], block[0], seeds, drawn.device)
+    cols = _covers(drawn.shape[-1], block[1], seeds, drawn.device)
+    return rows @ drawn.float() @ cols.T > 0
+
+
+def _covers(n_seeds: int, block: int, seeds: str, device: torch.device) -> Tensor:
+    """1 where the block of a seed covers a position, float32 (positions, seeds)."""
+    valid = seeds == "valid"
+    n_positions = n_seeds + block - 1 if valid else n_seeds
+    before = 0 if valid else (block - 1) // 2
+    ones = torch.ones(n_positions, n_seeds, device=device, dtype=torch.float32)
+    return ones.tril(before).triu(before + 1 - block)
+
+
+def uniform(shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Uniform numbers in [0, 1) to compare with a rate.
+
+    In float32 whatever the activations: numbers in float16 would round rates of 1e-3 by 5 %.
+
+    Args:
+        shape: any shape.
+        device: where to draw.
+    """
+    return torch.rand(shape, device=device, dtype=torch.float32)
+
+
+def kept_scale(count: int, kept: Tensor) -> Tensor:
+    """count(M) / count_ones(M), what kept units are multiplied by.
+
+    A mask without ones gives ``count``, a finite number, so that the masked activations are zero
+    instead of NaN.
+
+    Args:
+        count: the units of the mask, count(M).
+        kept: how many of them are kept, count_ones(M), of any shape, in float32: in float16 the
+            count overflows at 65504 units and the scale becomes 0.
+
+    Returns:
+        The shape of ``kept``, float32.
+    """
+    return count / kept.clamp(min=1.0)
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """``x * M * count(M) / count_ones(M)``.
+
+    Args:
+        x: activations of any shape.
+        mask: M, zeros and ones of a shape that broadcasts against that of ``x``.
+
+    Returns:
+        The shape, dtype and memory format of ``x``.
+    """
+    scale = kept_scale(mask.numel(), mask.sum(dtype=torch.float32))
+    return x * (mask * scale).to(x.dtype)
+
+
+def bernoulli_scale(shape: tuple[int, ...], drop_prob: float | Tensor, like: Tensor) -> Tensor:
+    """Independent factors: 0 with probability p, else 1 / (1 - p), so that their mean is 1.
+
+    Args:
+        shape: the shape of the result.
+        drop_prob: p in [0, 1), a float or a 0-d tensor; not checked.
+        like: the tensor whose device and dtype the factors have.
+    """
+    kept = uniform(shape, like.device) >= drop_prob
+    return (kept / (1.0 - drop_prob)).to(like.dtype)
+
+
+def drop_alike(
+    x: Tensor, n_dims: int, drop_prob: float | Tensor = 0.1, training: bool = True
+) -> Tensor:
+    """Drop what the first dimensions of ``x`` index, with all of its units: samples, channels.
+
+    Args:
+        x: activations of any shape.
+        n_dims: how many dimensions have a draw each: 1 drops samples, 2 their channels.
+        drop_prob: p in [0, 1). A 0-d tensor is not checked.
+        training: if False, ``x`` is returned.
+
+    Returns:
+        ``x`` times :func:`bernoulli_scale` of the shape (B, ..., 1, ..., 1).
+
+    Raises:
+        ValueError: p is a float outside [0, 1).
+    """
+    if not isinstance(drop_prob, Tensor):
+        drop_prob = check_drop_prob(drop_prob)
+    if not training:
+        return x
+    shape = (*x.shape[:n_dims], *[1] * (x.ndim - n_dims))
+    return x * bernoulli_scale(shape, drop_prob, x)
+
+
+def may_look_at_data(x: Tensor) -> bool:
+    """Whether the work done may depend on what was drawn: eagerly, on a CPU, on real data.
+
+    Args:
+        x: activations of any shape.
+    """
+    known = type(x) in (Tensor, torch.nn.Parameter)  # e.g. fake tensors have no data to look at
+    return known and x.device.type == "cpu" and not torch.compiler.is_compiling()
