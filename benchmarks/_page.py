@@ -6,16 +6,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks._record import ROOT
-from benchmarks._text import table
-from timm_structdrop.analysis import save_json, save_png
+from benchmarks._record import RESULTS, ROOT
+from benchmarks._text import table, versions
 from timm_structdrop.errors import UserError
-from timm_structdrop.training import write_whole
+from timm_structdrop.files import save_json, save_png, save_text
 from timm_structdrop.training.progress import format_seconds
 
-__all__ = ["DOCUMENT", "RESULTS", "page", "read", "section", "summary", "with_summary", "write"]
+__all__ = ["DOCUMENT", "page", "read", "section", "summary", "with_summary", "write"]
 
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- speed: written by python -m benchmarks -->", "<!-- speed: end -->"
 
@@ -59,11 +57,6 @@ def write(results: dict[str, Any], folder: Path, named: list[str]) -> list[Path]
     return paths
 
 
-def save_text(text: str, path: Path) -> Path:
-    write_whole(path, lambda file: file.write(text.encode()))
-    return path
-
-
 def read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -88,11 +81,11 @@ def page(results: Mapping[str, Any]) -> str:
 
 def introduction(results: Mapping[str, Any]) -> list[str]:
     """What was measured, where and how."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     warning = ["**A quick run: small sizes and few rounds; nothing to quote.**", ""]
     return [
         *(warning if results["quick"] else []),
-        f"`{results['command']}` on {results['date'][:10]}: {results['hardware']}; {versions}.",
+        f"`{results['command']}` on {results['date'][:10]}: {results['hardware']}; "
+        f"{versions(results)}.",
         "",
         "What is compared takes turns in one process, each round beginning with another one, and "
         "ratios are taken within a round, so that what else the machine does meets both: medians, "

@@ -1,5 +1,6 @@
 """What a recorded measurement says of itself, and trainings that a benchmark runs."""
 
+import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -13,11 +14,22 @@ from typing import Any
 import torch
 
 import timm_structdrop
-import train
+from timm_structdrop.cli import train
+from timm_structdrop.errors import UserError
+from timm_structdrop.files import save_json, save_text
 
-__all__ = ["ROOT", "circumstances", "quietly_trained"]
+__all__ = [
+    "RESULTS",
+    "ROOT",
+    "add_output",
+    "circumstances",
+    "output_stem",
+    "quietly_trained",
+    "write_study",
+]
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def circumstances(module: str, packages: Sequence[str] = ("torch", "timm")) -> dict[str, Any]:
@@ -77,3 +89,28 @@ def quietly_trained(folder: Path, flags: Sequence[str]) -> Path:
     with _into(folder / "train.log"):
         train.main([*flags, *where])
     return folder
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """The flag for where a study writes, ``benchmarks/results/<name>`` without it."""
+    parser.add_argument(
+        "--output",
+        default=str(RESULTS / name),
+        metavar="PATH",
+        help=f"without .json and .md (benchmarks/results/{name})",
+    )
+
+
+def output_stem(path: str | Path) -> Path:
+    """Where a study writes, without the endings. UserError where the folder is not there, before a
+    training rather than after it."""
+    if not Path(path).parent.is_dir():
+        raise UserError(f"--output must be in a folder that is there; got {path}")
+    return Path(path)
+
+
+def write_study(results: dict[str, Any], text: str, output: Path) -> None:
+    """Print ``text``; write it and the ``results`` it is of as ``output`` with .md and .json."""
+    save_json(results, output.with_suffix(".json"))
+    save_text(text, output.with_suffix(".md"))
+    print(text)

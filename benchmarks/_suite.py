@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks._page import RESULTS, read, section, write
-from benchmarks._record import circumstances
+from benchmarks._page import read, section, write
+from benchmarks._record import RESULTS, circumstances
 from benchmarks._settings import Settings
 from benchmarks._timing import one_thread
-from timm_structdrop.analysis import output_folder
 from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.files import output_folder
 from timm_structdrop.recipes.parser import FlagParser
 from timm_structdrop.training.progress import format_seconds
 

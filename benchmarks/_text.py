@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["milliseconds", "percent", "ratio", "table"]
+__all__ = ["milliseconds", "percent", "ratio", "table", "versions"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -33,3 +33,8 @@ def percent(share: float) -> str:
     """A share of 1 as ``0.23 %``, with two digits that matter."""
     value = 100 * share
     return "below 0.0001 %" if 0 <= value < 1e-4 else f"{value:.2g} %"
+
+
+def versions(results: dict[str, Any]) -> str:
+    """``torch 2.6.0, timm 1.0.31``: what a recorded measurement ran with."""
+    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())

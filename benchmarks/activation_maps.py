@@ -10,17 +10,16 @@ seeds.
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._record import ROOT, circumstances
-from benchmarks._text import table
+from benchmarks._record import add_output, circumstances, output_stem, write_study
+from benchmarks._text import table, versions
 from benchmarks.defaults import LETTER, Cell, digits, train
-from timm_structdrop.analysis import cam_place, class_activation_maps, save_json
+from timm_structdrop.analysis import cam_place, class_activation_maps
 from timm_structdrop.errors import run_command
-from timm_structdrop.training import Progress, write_whole
+from timm_structdrop.training import Progress
 
 PLAIN = "no regularizer"
 OFTEN = {"keep_prob": 0.5, "block_size": 4}
@@ -66,13 +65,12 @@ def report(results: dict[str, Any]) -> str:
             mean, spread = statistics.fmean(differences), statistics.stdev(differences)
             row.append(f"{mean:+.3f} ({spread:.3f})")
         rows.append(row + [""] * (4 - len(row)))
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         "# The area of class activation maps",
         "",
         f"`{results['command']}`: the part of the last map above half its maximum, ResNet-8 on "
         f"scikit-learn's digits at 16 px, {len(plain)} seeds. Differences are paired by seed: mean "
-        f"(standard deviation over seeds). {results['hardware']}; {versions}.",
+        f"(standard deviation over seeds). {results['hardware']}; {versions(results)}.",
         "",
         *table(["regularizer", "top-1", "area", "difference to none"], rows),
     ]
@@ -82,13 +80,9 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="trainings a row (10)")
-    parser.add_argument(
-        "--output",
-        default=str(ROOT / "benchmarks" / "results" / "activation-maps"),
-        metavar="PATH",
-        help="without .json and .md (benchmarks/results/activation-maps)",
-    )
+    add_output(parser, "activation-maps")
     args = parser.parse_args()
+    output = output_stem(args.output)
     torch.set_num_threads(1)
     runs = []
     progress = Progress("Trainings", len(CELLS) * args.seeds, log_interval=1)
@@ -98,11 +92,7 @@ def main() -> None:
             progress.update(1, {"area": runs[-1]["area"]})
     progress.close()
     results = {**circumstances("benchmarks.activation_maps"), "runs": runs}
-    output = Path(args.output)
-    save_json(results, output.with_suffix(".json"))
-    text = report(results)
-    write_whole(output.with_suffix(".md"), lambda file: file.write(text.encode()))
-    print(text)
+    write_study(results, report(results), output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +24,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks._record import ROOT, circumstances
-from benchmarks._text import table
+from benchmarks._record import add_output, circumstances, output_stem, write_study
+from benchmarks._text import table, versions
 from benchmarks.digits_study.protocol import Images, enlarge, to_images
-from timm_structdrop.analysis import save_json
 from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import run_command
 from timm_structdrop.layers import DropCluster2d
@@ -40,7 +38,6 @@ from timm_structdrop.training import (
     Progress,
     RBlockTask,
     StructDropTask,
-    write_whole,
 )
 from timm_structdrop.training.rblock import has_fork
 from timm_structdrop.training.steps import tell_step
@@ -212,7 +209,6 @@ def report(results: dict[str, Any]) -> str:
         rows.append([name, spread([run["top1"] for run in of_row]), loss, *guided])
     n_seeds = len({run["seed"] for run in found})
     header = ["regularizer", "top-1", "training loss", "blocks of the label", "of a wrong label"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         "# Every default, checked by training with it",
         "",
@@ -220,7 +216,7 @@ def report(results: dict[str, Any]) -> str:
         f"{n_seeds} seeds; mean, smallest and largest, in percent of 360 held-out digits. CamDrop "
         "has blocks of 4 but in the row of its defaults (8, clamped to the last group's map of 4). "
         "The last two columns: accuracy with CamDrop's blocks on, laid where the true or a wrong "
-        f"label says. {results['hardware']}; {versions}.",
+        f"label says. {results['hardware']}; {versions(results)}.",
         "",
         *table(header, rows),
     ]
@@ -230,23 +226,15 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="trainings a row (5)")
-    parser.add_argument(
-        "--output",
-        default=str(ROOT / "benchmarks" / "results" / "defaults"),
-        metavar="PATH",
-        help="without .json and .md (benchmarks/results/defaults)",
-    )
+    add_output(parser, "defaults")
     args = parser.parse_args()
+    output = output_stem(args.output)
     torch.set_num_threads(1)
-    output = Path(args.output)
     results = {
         **circumstances("benchmarks.defaults"),
         "runs": list(runs(CELLS, range(args.seeds))),
     }
-    save_json(results, output.with_suffix(".json"))
-    text = report(results)
-    write_whole(output.with_suffix(".md"), lambda file: file.write(text.encode()))
-    print(text)
+    write_study(results, report(results), output)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 
 Each cell is a training after the authors' MNIST script (the recipe camdrop-fig4 has it in full): a
 ResNet with two blocks a group, CamDrop with blocks of 7 in group 3 alone, where the map is 7 x 7,
-Adam without weight decay, the learning rate times 0.3 after each tenth of the epochs, gamma falling
-linearly from 1 to its value, no augmentation; and its top-1 after the last epoch. Epochs and
-batches are fewer and smaller here than theirs (100 and 128). gamma = 1 is training without CamDrop.
+Adam without weight decay, the learning rate times 0.3 after each third of the epochs (theirs: every
+10 of 100), gamma falling linearly from 1 to its value, batches of 32 (theirs: 128), no
+augmentation; and its top-1 after the last epoch. gamma = 1 is training without CamDrop.
 A training whose loss is not finite stops there and counts as chance.
 
 Cells in the CSV file are not trained again, so a sweep that was stopped goes on.
@@ -17,21 +17,24 @@ import argparse
 import csv
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks._record import ROOT, circumstances, quietly_trained
-from timm_structdrop.analysis import draw_accuracy_surface, save_csv, save_json, save_png
+from benchmarks._record import RESULTS, circumstances, output_stem, quietly_trained
+from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.files import save_csv, save_json, save_png
 from timm_structdrop.training import Progress
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 15.0)
 GAMMAS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 SETTINGS = ("dataset", "model", "epochs", "batch_size", "img_size", "block_size", "guide", "seed")
-DECAYS = 10
+DECAYS = 3
 NOT_FINITE = "the loss must be finite"
 
 
@@ -45,7 +48,7 @@ def flags() -> argparse.ArgumentParser:
     add("--model", default="resnet14", metavar="NAME", help="an architecture (resnet14)")
     add("--rates", type=float, nargs="+", default=RATES, metavar="LR", help="0.03 to 15")
     add("--gammas", type=float, nargs="+", default=GAMMAS, metavar="P", help="0.5 to 1")
-    add("--epochs", type=int, default=10, metavar="N", help="of each training (10)")
+    add("--epochs", type=int, default=9, metavar="N", help="of each training (9)")
     add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
     add("--img-size", type=int, default=28, metavar="N", help="image size (28)")
     add("--block-size", type=int, default=7, metavar="N", help="r of CamDrop (7)")
@@ -150,6 +153,60 @@ def draw(args: argparse.Namespace, rows: list[dict[str, Any]], path: Path) -> No
         save_png(draw_accuracy_surface(cells, title), path)
 
 
+def draw_accuracy_surface(top1: Mapping[tuple[float, float], float], title: str) -> Any:
+    """Fig. 4 of CamDrop: a surface over the learning rate, in equal steps, and gamma; beside it
+    the same figures as a table of colours.
+
+    Args:
+        top1: percent by (learning rate, gamma), all pairs of at least two of each; gamma = 1 is
+            training without CamDrop.
+        title: of the picture.
+
+    Returns:
+        A matplotlib figure.
+    """
+    rates = sorted({rate for rate, _ in top1})
+    gammas = sorted({gamma for _, gamma in top1}, reverse=True)
+    grid = np.array([[top1[rate, gamma] for rate in rates] for gamma in gammas])
+    import_module("mpl_toolkits.mplot3d")  # registers the projection
+    figure = new_figure(12.4, 5.2)
+    figure.suptitle(title, fontsize=11)
+    surface = figure.add_axes((0.0, 0.05, 0.46, 0.86), projection="3d", computed_zorder=False)
+    _draw_surface(surface, rates, gammas, grid)
+    _draw_table(figure.add_axes((0.54, 0.13, 0.44, 0.74)), rates, gammas, grid)
+    return figure
+
+
+def _draw_surface(axis: Any, rates: Sequence[float], gammas: Sequence[float], grid: Any) -> None:
+    x, y = np.meshgrid(np.arange(len(rates)), np.asarray(gammas))
+    axis.plot_surface(
+        x, y, grid, cmap="viridis", vmin=0, vmax=100, edgecolor="black", linewidth=0.4, alpha=0.9,
+        rstride=1, cstride=1,
+    )  # fmt: skip
+    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
+    axis.set_yticks(gammas, [f"{gamma:g}" for gamma in gammas], fontsize=8)
+    axis.set_zlim(0, 100)
+    axis.tick_params(axis="z", labelsize=8)
+    axis.set_xlabel("learning rate", labelpad=8)
+    axis.set_ylabel("gamma", labelpad=6)
+    axis.set_zlabel("top-1 (%)")
+    axis.view_init(elev=28, azim=-58)
+    axis.set_box_aspect(None, zoom=0.88)
+
+
+def _draw_table(axis: Any, rates: Sequence[float], gammas: Sequence[float], grid: Any) -> None:
+    axis.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    labels = [f"{gamma:g}" + (" (none)" if gamma == 1 else "") for gamma in gammas]
+    axis.set_yticks(range(len(gammas)), labels)
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("gamma")
+    axis.set_title("top-1 (%)", fontsize=10)
+    for (row, column), value in np.ndenumerate(grid):
+        colour = "black" if value > 55 else "white"
+        axis.text(column, row, f"{value:.1f}", color=colour, ha="center", va="center", fontsize=9)
+
+
 def main() -> None:
     args = flags().parse_args()
     torch.set_num_threads(1)
@@ -158,9 +215,7 @@ def main() -> None:
             f"--gammas must be in (0, 1] and --rates above 0; got {args.gammas} and {args.rates}"
         )
     name = f"lr-gamma-{args.dataset.rpartition('/')[2]}"
-    output = Path(args.output or ROOT / "benchmarks" / "results" / name)
-    if not output.parent.is_dir():
-        raise UserError(f"--output must be in a folder that is there; got {args.output}")
+    output = output_stem(args.output or RESULTS / name)
     table = output.with_name(output.name + ".csv")
     rows = earlier_rows(args, table)
     cells = list(missing(args, rows))

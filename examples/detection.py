@@ -34,9 +34,9 @@ import timm_structdrop  # noqa: F401  registers the models
 from examples._boxes import CocoBoxes, PastedObjects
 from examples._detector import measured_drops, retinanet
 from examples._scores import Boxes, average_precision
-from timm_structdrop.analysis import output_folder, save_json, save_png
 from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.files import output_folder, save_json, save_png
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.recipes import FlagParser
 from timm_structdrop.recipes.parser import at_least

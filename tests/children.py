@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ class Child:
     """A process that runs a command, at the head of a process group of its own.
 
     Args:
-        command: "train", "validate", "timm_structdrop" (its subcommands), or "load": build the
-            model that a folder holds, and write down which files are opened.
+        command: "train", "validate", "timm_structdrop" (its subcommands), "tools.card", or "load":
+            build the model that a folder holds, and write down which files are opened.
         argv: its arguments.
         log: what it writes to stdout and stderr.
         env: variables of its environment.
@@ -118,15 +119,15 @@ def _enter(command: str, argv: list[str], log: str, env: dict[str, str], offline
     if command == "load":
         _load(argv[0])
         return
-    from timm_structdrop.__main__ import main as subcommands
+    from script import load_script
+
     from timm_structdrop.errors import run_command
 
-    if command != "timm_structdrop":
-        from script import load_script
-
-        run_command(lambda: load_script(command).main(argv))
+    if command in ("train", "validate"):
+        module = load_script(command)
     else:
-        run_command(lambda: subcommands(argv))
+        module = import_module(command if "." in command else f"{command}.__main__")
+    run_command(lambda: module.main(argv))
 
 
 def _refuse_connections(event: str, args: tuple[Any, ...]) -> None:

@@ -5,7 +5,7 @@ import torch
 from script import load_script
 
 import timm_structdrop
-import timm_structdrop.commands.list
+import timm_structdrop.cli.list
 import timm_structdrop.evaluation  # noqa: F401
 
 torch.set_num_threads(1)

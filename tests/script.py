@@ -1,7 +1,6 @@
-"""The commands at the top of the repository as modules, and a folder of images for them."""
+"""The commands that train and validate, and a folder of images for them."""
 
-import importlib.util
-import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_script(name: str) -> ModuleType:
-    """`name`.py of the repository's top folder, imported once under the name `name`_script."""
-    module_name = f"{name}_script"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, ROOT / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[module_name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[module_name])
-    return sys.modules[module_name]
+    """The module of a command, which `name`.py at the top of the repository calls."""
+    return import_module(f"timm_structdrop.cli.{name}")
 
 
 def write_images(folder: Path, n_classes: int = 2, train: int = 24, validation: int = 8) -> Path:

@@ -1,7 +1,6 @@
 """The numbers of the analysis against slow recomputation, and pictures that can be read."""
 
 import copy
-import io
 import json
 import sys
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from timm_structdrop import attach
@@ -28,10 +26,6 @@ from timm_structdrop.analysis import (
     find_places,
     fit_clusters,
     hopkins_report,
-    output_folder,
-    save_csv,
-    save_json,
-    save_png,
     training_mask,
 )
 from timm_structdrop.analysis.cluster_study import (
@@ -41,7 +35,7 @@ from timm_structdrop.analysis.cluster_study import (
     voronoi_cells,
     within_correlation,
 )
-from timm_structdrop.analysis.colours import colour_labels
+from timm_structdrop.analysis.clusters import colour_labels
 from timm_structdrop.analysis.maps import Place, watch_maps
 from timm_structdrop.cluster import rena, spatial_hopkins
 from timm_structdrop.errors import UserError
@@ -485,34 +479,6 @@ def test_texts_of_the_histograms_do_not_overlap(n):
     layers = [layer(f"stages.{i}.blocks.10.conv", torch.rand(512).tolist()) for i in range(n)]
     report = HopkinsReport(layers, 64, 64, 0.4, 15)
     assert overlaps(draw_hopkins_histograms(report, "some_model_with_a_long_name.tag_in1k")) == []
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    folder = output_folder(tmp_path / "a" / "b")
-    report = HopkinsReport([layer("a", [0.9, 0.1])], 4, 64, 0.6, 15)
-    picture = save_png(draw_hopkins_histograms(report, "m"), folder / "p.png")
-    with Image.open(picture) as image:
-        image.load()
-        assert image.format == "PNG" and image.width > 600
-    assert json.loads(save_json({"a": [1.5]}, folder / "n.json").read_text()) == {"a": [1.5]}
-    assert save_csv([{"a": 1, "b": "x y"}], folder / "n.csv").read_text() == "a,b\n1,x y\n"
-
-    class Broken:
-        def savefig(self, file: io.BytesIO, **settings) -> None:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left"):
-        save_png(Broken(), folder / "p.png")
-    with Image.open(picture) as image:
-        image.load()
-    assert sorted(file.name for file in folder.iterdir()) == ["n.csv", "n.json", "p.png"]
-    for path in (picture, picture / "below"):
-        with pytest.raises(UserError, match=r"must be a folder; .*p.png is a file"):
-            output_folder(path)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(UserError, match="must be a writable folder"):
-        output_folder(folder)
 
 
 def test_pictures_without_matplotlib_name_what_to_install(monkeypatch):

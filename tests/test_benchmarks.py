@@ -16,8 +16,10 @@ from benchmarks import (
     _page,
     _suite,
     _timing,
+    activation_maps,
     camdrop,
     checkpoint,
+    defaults,
     dropblock,
     growth,
     imports,
@@ -254,3 +256,11 @@ def test_the_committed_page_is_what_the_numbers_say():
     assert "\n- " in document.partition(_page.BEGIN)[2].partition(_page.END)[0]
     for picture in numbers["pictures"].values():
         assert (_page.RESULTS / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("study", [activation_maps, defaults])
+def test_a_study_without_a_place_for_its_results_trains_nothing(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path / "none" / "x")])
+    monkeypatch.setattr(study, "train", lambda *args: pytest.fail("it trains"))
+    with pytest.raises(UserError, match=r"must be in a folder that is there; got .*none/x"):
+        study.main()

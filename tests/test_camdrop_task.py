@@ -534,7 +534,7 @@ import torch
 from timm.models import register_model
 
 from timm_structdrop import attach
-from timm_structdrop.commands.list import layers_table
+from timm_structdrop.cli.list import layers_table
 from timm_structdrop.layers.base import Paper, Placement, StructDropLayer, register
 from timm_structdrop.training import make_task
 

@@ -14,14 +14,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from timm_structdrop import attach, regularizers
-from timm_structdrop.__main__ import main
-from timm_structdrop.commands.card import stale_parts
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub.card import make_card
 from timm_structdrop.hub.citations import bibtex, in_words, paper_line
 from timm_structdrop.hub.model_stats import model_stats, regularizer_uses
 from timm_structdrop.layers import Paper
 from timm_structdrop.models.packaged import packaged
+from tools.card import main, stale_parts
 
 CARDS = Path(__file__).parent.parent / "hfcards"
 NAMES = sorted(facts["name"] for facts in packaged().values())
@@ -222,6 +221,13 @@ def test_odd_text_survives_the_metadata():
     assert card.data.eval_results[0].dataset_name == name
 
 
+def test_facts_are_text_whatever_they_look_like():
+    odd = "{{ 7 * 7 }} <b> & {% if %} {# no #}"
+    text = card_of(timm.create_model("resnet8_dropblock"), facts={"recipe": odd, "command": odd})
+    assert f"| recipe | {odd} |" in text and code_blocks(text, "sh") == [f"{odd}\n"]
+    assert not re.search(r"\n\n\n| \n|None|Undefined", text) and text.endswith("```\n")
+
+
 @pytest.mark.parametrize("license", ["", "  ", "apache 2.0", "apache2", "Apache-2.0", None])
 def test_a_license_must_be_stated(license):
     with pytest.raises(UserError, match="license must be an identifier of the Hub"):
@@ -244,19 +250,19 @@ def test_the_command_finds_and_mends_what_is_stale(tmp_path, capsys):
     untouched = folder / "resnet20_dropcluster.digits" / "clusters.png"
     before = untouched.stat().st_mtime_ns
     with pytest.raises(UserError, match="stale") as caught:
-        main(["card", "--check", "--output", str(folder)])
+        main(["--check", "--output", str(folder)])
     assert str(readme) in str(caught.value) and str(picture) in str(caught.value)
     assert str(untouched) not in str(caught.value)
 
-    main(["card", "--output", str(folder)])
+    main(["--output", str(folder)])
     assert "2 files written" in capsys.readouterr().out
     assert untouched.stat().st_mtime_ns == before
     assert readme.read_text() == (CARDS / NAMES[1] / "README.md").read_text()
-    main(["card", "--check", "--output", str(folder)])
+    main(["--check", "--output", str(folder)])
 
     (folder / "left_over.digits").mkdir()
     with pytest.raises(UserError, match=r"left_over\.digits"):
-        main(["card", "--check", "--output", str(folder)])
+        main(["--check", "--output", str(folder)])
 
 
 def test_without_a_folder_every_card_is_stale(tmp_path):
@@ -264,4 +270,4 @@ def test_without_a_folder_every_card_is_stale(tmp_path):
     assert found == set(NAMES)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="must be a folder"):
-        main(["card", "--output", str(tmp_path / "file")])
+        main(["--output", str(tmp_path / "file")])

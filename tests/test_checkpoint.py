@@ -23,7 +23,6 @@ from timm_structdrop.training import (
     find_resume,
     make_task,
     resume,
-    write_whole,
 )
 
 
@@ -385,12 +384,3 @@ def test_a_file_that_is_no_summary_is_an_error(tmp_path):
     path.write_text("name,age\nx,3\n")
     with pytest.raises(UserError, match=str(path)):
         SummaryFile(path)
-
-
-def test_other_errors_while_writing_keep_their_traceback(tmp_path):
-    def bug(file):
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        write_whole(tmp_path / "file", bug)
-    assert not list(tmp_path.iterdir())

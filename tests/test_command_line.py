@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from script import ROOT, load_script
@@ -14,11 +15,17 @@ from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.validate_flags import validate_parser
+from timm_structdrop.version import __version__
+from tools import card, package
 
 SCRIPTS = {"train": load_script("train").main, "validate": load_script("validate").main}
+TOOLS = {"tools.card": card.main, "tools.package": package.main}
 WRONG = [
-    ("timm_structdrop lst", "COMMAND must be one of list, inspect, .*'lst' (nearest: list)"),
-    ("timm_structdrop", "COMMAND must be one of list, inspect, .*; got none"),
+    (
+        "timm_structdrop lst",
+        "COMMAND must be one of train, validate, list, inspect, .*'lst' (nearest: list)",
+    ),
+    ("timm_structdrop", "COMMAND must be one of train, validate, list, inspect, .*; got none"),
     ("timm_structdrop --x", "COMMAND must be one of .*; got '--x'"),
     ("timm_structdrop list x --layers", "--layers expected one argument"),
     ("timm_structdrop list --recipes --layers x", "--layers not allowed with argument --recipes"),
@@ -31,7 +38,9 @@ WRONG = [
     ("timm_structdrop inspect lenet5 -b x", "-b/--batch-size must be a whole number; got 'x'"),
     ("timm_structdrop sweep x --seed 3", "unknown flag --seed (nearest: --seeds,"),
     ("timm_structdrop sweep x --jobs 0", "--jobs must be at least 1; got 0"),
-    ("timm_structdrop card -- --epochs 3", "card takes no flags behind --; got ['--epochs', '3']"),
+    ("timm_structdrop list -- --epochs 3", "list takes no flags behind --; got ['--epochs', '3']"),
+    ("tools.card --chek", "unknown flag --chek (nearest: --check,"),
+    ("tools.package", "the following arguments are required: RUN"),
     ("train --sched cosin", "--sched must be one of cosine, .*; got 'cosin' (nearest: cosine"),
     ("train --epochs x", "--epochs must be a whole number; got 'x'"),
     ("train --lr x", "--lr must be a number; got 'x'"),
@@ -53,7 +62,7 @@ def test_errors_are_one_line_without_a_usage(line, message, capsys):
     program, *words = line.split()
     rule = ".*".join(map(re.escape, message.split(".*")))
     with pytest.raises(UserError, match=rule) as raised:
-        SCRIPTS.get(program, subcommands)(words)
+        {**SCRIPTS, **TOOLS}.get(program, subcommands)(words)
     assert "\n" not in str(raised.value)
     assert capsys.readouterr() == ("", "")
 
@@ -76,9 +85,10 @@ def test_an_unknown_keyword_of_a_model_has_the_nearest_beside_it(model, keyword,
 @pytest.mark.parametrize("columns", [80, 100])
 def test_help_fits_the_terminal_and_says_what_each_flag_is(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
-    for argv in (["--help"], *([name, "--help"] for name in COMMANDS)):
+    calls = [(subcommands, ["--help"]), *((subcommands, [name, "--help"]) for name in COMMANDS)]
+    for main, argv in (*calls, *((main, ["--help"]) for main in TOOLS.values())):
         try:
-            subcommands(argv)
+            main(argv)
         except SystemExit as end:
             assert end.code == 0
     pages = [capsys.readouterr().out, train_parser().format_help(), validate_parser().format_help()]
@@ -139,3 +149,23 @@ def test_where_a_model_has_no_weights_the_packaged_ones_are_named():
             UserError, match=r"resnet20_dropout has none; in the package: resnet20_"
         ):
             SCRIPTS[script]([*argv, *more])
+
+
+def test_the_installed_program_trains_where_there_is_no_repository(tmp_path):
+    """Away from a clone: train, and what it says to type next is the program's own."""
+    program = Path(sys.executable).with_name("timm-structdrop")
+    flags = "--recipe digits-quickstart --epochs 1 --workers 0 --device cpu --log-interval 1000"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+    def run(*words):
+        done = subprocess.run(
+            [str(program), *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("--version") == (0, f"timm-structdrop {__version__}\n")
+    code, text = run("train", *flags.split(), "--output", "out", "--experiment", "run")
+    assert code == 0, text
+    assert "Next: timm-structdrop validate --recipe digits-quickstart --checkpoint out/run" in text
+    code, text = run("train", "--recipe", "digits-quickstrat")
+    assert (code, text.count("\n")) == (2, 1) and text.startswith("error: unknown recipe")

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from script import load_script
 
-import timm_structdrop.commands.inspect as inspect_command
+import timm_structdrop.cli.inspect as inspect_command
 import timm_structdrop.hub.export as export
 from timm_structdrop.__main__ import main
+from timm_structdrop.cli._images import load_subject
 from timm_structdrop.cluster import adjusted_rand_index, rena
-from timm_structdrop.commands._images import load_subject
 from timm_structdrop.data import create_dataset
 from timm_structdrop.errors import UserError, run_command
+from tools import package
 
 DIGITS = ["--dataset", "digits", "--num-images", "24"]
 NUMBERS = {"hopkins.json", "hopkins.csv"}
@@ -211,7 +212,7 @@ def test_batch_norms_have_the_epsilon_of_the_training(tmp_path, capsys):
     norms = [norm for norm in exported.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
     assert {norm.momentum for norm in norms} == {0.5}
 
-    main(["package", str(run), "--output", str(tmp_path / "packaged")])
+    package.main([str(run), "--output", str(tmp_path / "packaged")])
     facts = json.loads((tmp_path / "packaged" / f"{name}.json").read_text())
     assert facts["model_args"] == {"bn_momentum": 0.5, "bn_eps": 0.25}
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import timm_structdrop  # noqa: F401  registers the models
-from timm_structdrop.analysis import find_places, gradient_bound
+from benchmarks.gradient_bound import gradient_bound
+from timm_structdrop.analysis import find_places
 from timm_structdrop.analysis.maps import place_named
 from timm_structdrop.errors import UserError
 

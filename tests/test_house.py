@@ -16,6 +16,7 @@ ROOMS = [
     "version",
     "errors",
     "words",
+    "files",
     "cluster",
     "layers",
     "models",
@@ -25,7 +26,7 @@ ROOMS = [
     "analysis",
     "hub",
     "recipes",
-    "commands",
+    "cli",
     "__init__",
     "__main__",
 ]
@@ -89,6 +90,12 @@ def test_a_regularizers_class_is_known_in_its_own_room_only(path):
     if room(path) != "layers" and path.name != "inference_drop.py":
         ours = (name for name in imported_modules(path) if name.startswith("timm_structdrop."))
         assert not classes & {name.rpartition(".")[2] for name in ours}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_package_needs_nothing_of_the_repository_beside_it(path):
+    beside = {file.stem for file in PACKAGE.parent.iterdir()} - {PACKAGE.name}
+    assert not {name.split(".")[0] for name in imported_modules(path)} & beside
 
 
 def test_every_file_is_in_a_room():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import FrozenInstanceError
 from io import BytesIO
 from pathlib import Path
 from shutil import copyfile, copytree
@@ -16,12 +17,13 @@ from script import load_script
 
 from timm_structdrop import attach, set_drop_prob
 from timm_structdrop.__main__ import main
-from timm_structdrop.commands._runs import read_run
 from timm_structdrop.errors import UserError
 from timm_structdrop.hub import export_model, push_to_hub
+from timm_structdrop.hub.card import END, START, updated_readme
 from timm_structdrop.hub.export import layer_settings
 from timm_structdrop.hub.failures import hub_errors
-from timm_structdrop.hub.readme import END, START, updated_readme
+from timm_structdrop.hub.snapshot import read_snapshot
+from timm_structdrop.recipes.trained import read_run
 
 LENET = """
 torch.manual_seed(seed)
@@ -271,6 +273,24 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_published_as_one(
     trained = read_run(run)
     assert torch.equal(weights_of(trained), saved["state_dict_ema"]["conv1.weight"])
     assert trained.facts["top1"] == saved["metric"] != 12.5
+
+
+def test_a_snapshot_says_which_weights_its_figures_are_of_and_stays_as_it_is(
+    averaged_run, tmp_path
+):
+    saved = torch.load(averaged_run / "model_best.pth.tar", weights_only=True)
+    snapshot = read_snapshot(averaged_run)
+    assert snapshot.checkpoint.is_ema and snapshot.epoch == saved["epoch"]
+    assert snapshot.figures == {key: saved["validation"][key] for key in ("top1", "top5")}
+    with pytest.raises(FrozenInstanceError):
+        snapshot.epoch = 9
+    with pytest.raises(TypeError):
+        snapshot.figures["top1"] = 100.0
+    own = changed_run(averaged_run, tmp_path / "run", validation=None, model_ema=False, epoch=0)
+    assert not read_snapshot(own).checkpoint.is_ema and read_snapshot(own).epoch == 0
+    rows = (own / "summary.csv").read_text().splitlines()
+    first = dict(zip(*(row.split(",") for row in rows[:2]), strict=True))
+    assert read_snapshot(own).figures["top1"] == float(first["eval_top1"])
 
 
 @pytest.mark.parametrize(

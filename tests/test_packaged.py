@@ -16,10 +16,9 @@ from script import load_script
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import is_model_pretrained, save_for_hf
 
-from timm_structdrop.__main__ import main
-from timm_structdrop.commands.package import circumstances, write_weights
 from timm_structdrop.data import DigitsDataset
 from timm_structdrop.errors import UserError
+from timm_structdrop.hub.card import TEMPLATE
 from timm_structdrop.layers import DropCluster2d
 from timm_structdrop.models.packaged import FOLDER, packaged
 from timm_structdrop.models.placement import structdrop_layers
@@ -27,6 +26,7 @@ from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.recipes import parse_with_sources, tag_settings, train_parser
 from timm_structdrop.recipes.command_line import training_command
 from timm_structdrop.recipes.tag_settings import with_tag_settings
+from tools.package import circumstances, main, write_weights
 
 PUBLISHED = {
     "lenet5_dropcluster",
@@ -92,6 +92,7 @@ def test_provenance(name):
     flags = parse_with_sources(train_parser(), words[2:])
     assert words[:2] == ["python", "train.py"] and "--seed" in words
     assert (flags.model, flags.seed, flags.epochs) == (name, facts["seed"], facts["epochs"])
+    assert flags.model_kwargs == facts["model_args"]
 
 
 def test_all_together_are_small():
@@ -104,7 +105,7 @@ def test_they_are_in_the_wheel():
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["timm_structdrop"]
-    for file in FOLDER.iterdir():
+    for file in (*FOLDER.iterdir(), TEMPLATE):
         path = str(file.relative_to(ROOT / "timm_structdrop"))
         assert any(fnmatch.fnmatch(path, pattern) for pattern in patterns), path
 
@@ -219,6 +220,8 @@ def test_half_precision_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(UserError, match=r"half precision.*big is not"):
         write_weights({"big": torch.tensor([70000.0])}, tmp_path / "w.safetensors")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"gone.*cannot be written"):
+        write_weights({"small": torch.tensor([7.0])}, tmp_path / "gone" / "w.safetensors")
 
 
 def save_run(folder: Path, name: str = "lenet5_dropcluster", **flags) -> Path:
@@ -235,7 +238,7 @@ def save_run(folder: Path, name: str = "lenet5_dropcluster", **flags) -> Path:
 
 def test_the_command_packages_a_run(tmp_path, capsys):
     run = save_run(tmp_path / "run", model_kwargs={"n_clusters": 6}, lr=0.01)
-    main(["package", str(run), "--output", str(tmp_path / "out"), "--hardware", "an abacus"])
+    main([str(run), "--output", str(tmp_path / "out"), "--hardware", "an abacus"])
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "lenet5_dropcluster.json",
         "lenet5_dropcluster.safetensors",
@@ -261,14 +264,15 @@ def test_the_command_packages_a_run(tmp_path, capsys):
 def test_the_command_refuses_what_is_no_training_of_a_variant(tmp_path):
     for run, message in (
         (save_run(tmp_path / "a", name="resnet18"), "must be of a variant; .*resnet18"),
+        (save_run(tmp_path / "folder", dataset="", data_dir="images"), "trained on a folder"),
         (tmp_path / "nothing", "existing file or folder"),
     ):
         with pytest.raises(UserError, match=message):
-            main(["package", str(run), "--output", str(tmp_path / "out")])
+            main([str(run), "--output", str(tmp_path / "out")])
     run = save_run(tmp_path / "b")
     (run / "args.yaml").unlink()
     with pytest.raises(UserError, match=r"needs the args.yaml"):
-        main(["package", str(run), "--output", str(tmp_path / "out")])
+        main([str(run), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -277,7 +281,7 @@ def test_a_failed_package_leaves_what_was_there(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lenet5_dropcluster.json").write_text("{}")
     with pytest.raises(UserError):
-        main(["package", str(run), "--output", str(tmp_path / "out")])
+        main([str(run), "--output", str(tmp_path / "out")])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["lenet5_dropcluster.json"]
 
 

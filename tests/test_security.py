@@ -22,7 +22,7 @@ from timm_structdrop.models.weights import read_file
 
 SOURCES = sorted(
     [ROOT / "train.py", ROOT / "validate.py"]
-    + [file for room in ("timm_structdrop", "benchmarks", "examples") for file in
+    + [file for room in ("timm_structdrop", "tools", "benchmarks", "examples") for file in
        (ROOT / room).rglob("*.py")]
 )  # fmt: skip
 FORBIDDEN = {
@@ -200,7 +200,7 @@ def test_nothing_connects_to_anywhere_unless_asked(tmp_path):
         ("timm_structdrop", "list", "--recipes"),
         ("timm_structdrop", "inspect", "lenet5_dropcluster", "--checkpoint", str(run),
          "--output", str(tmp_path / "pictures")),
-        ("timm_structdrop", "card", "--check"),
+        ("tools.card", "--check"),
     ]  # fmt: skip
     for index, (command, *argv) in enumerate(commands):
         child = Child(command, argv, tmp_path / f"log{index}", offline=True)

@@ -1,7 +1,9 @@
 """python -m timm_structdrop sweep: runs, locks, kills and continuation, results and refusals."""
 
 import csv
+import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -16,11 +18,10 @@ import pytest
 from PIL import Image
 from script import ROOT, load_script
 
-import timm_structdrop.commands._sweep_report as report
-import timm_structdrop.commands._sweep_runs as sweep_runs
-import timm_structdrop.commands.sweep as sweep_command
+import timm_structdrop.cli._sweep_report as report
+import timm_structdrop.cli._sweep_runs as sweep_runs
 from timm_structdrop.__main__ import main
-from timm_structdrop.commands._sweep_progress import SweepProgress
+from timm_structdrop.cli._sweep_progress import SweepProgress
 from timm_structdrop.errors import UserError
 from timm_structdrop.recipes import load_table
 
@@ -50,8 +51,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     """A sweep's folder, where runs take a moment."""
     script = tmp_path / "train.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(sweep_runs, "TRAIN", script)
-    monkeypatch.setattr(sweep_command, "TRAIN", script)
+    monkeypatch.setattr(sweep_runs, "TRAIN", (str(script),))
     monkeypatch.setattr(sweep_runs, "POLL_SECONDS", 0.01)
     return tmp_path / "out"
 
@@ -179,6 +179,15 @@ def test_a_run_is_locked_by_itself_too(fake, monkeypatch):
     assert free == [None, None]
 
 
+def test_without_locks_on_files_a_sweep_says_so(fake, monkeypatch):
+    def refuse(descriptor: int, blocking: bool) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(sweep_runs, "lock_descriptor", refuse)
+    with pytest.raises(UserError, match=r"needs locks on files; .*seed-0.lock: No locks available"):
+        main(["sweep", *DIGITS, "--seeds", "1", "--output", str(fake)])
+
+
 def test_a_run_that_was_killed_is_named(fake, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEPS", "none")
     table = load_table("digits-regularizers")
@@ -266,6 +275,18 @@ def test_the_progress_names_cells_runs_and_the_time_left(fake, monkeypatch):
     now[0] += 50  # 25 of 40 epochs in 50 s
     line = progress.line(runs[1:2])
     assert line == "t  [1/2 cells, 2/4 runs]  dropblock, seed 0: 5 of 10 epochs  0:30 left"
+
+
+def test_the_progress_in_a_terminal_is_one_line(fake, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "20")
+    cell = load_table("digits-regularizers").cells["none"]
+    progress = SweepProgress("t", [sweep_runs.Run(cell, 0, fake / "none" / "seed-0", 10)])
+    progress.show([], [])
+    progress.close()
+    assert terminal.getvalue() == "\r\x1b[2Kt  [0/1 cells, 0/1 \n"
 
 
 def test_numbers_come_without_matplotlib(fake, monkeypatch, capsys):

@@ -9,9 +9,9 @@ from pathlib import Path
 from benchmarks.digits_study.cells import MAIN
 from benchmarks.digits_study.runs import FRACTIONS, TUNED_AT
 from benchmarks.digits_study.statistics import Difference
-from timm_structdrop.analysis import save_png
 from timm_structdrop.analysis.figure import new_figure
 from timm_structdrop.evaluation import PAPER_CORRUPTIONS
+from timm_structdrop.files import save_png
 
 SHOWN = ("clean", "noise", "corrupted")
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from benchmarks._record import circumstances
+from benchmarks._text import versions
 from benchmarks.digits_study.cells import ABLATIONS, CONTROLS, MAIN
 from benchmarks.digits_study.pictures import draw_corruptions, draw_differences
 from benchmarks.digits_study.runs import FRACTIONS, RESULTS, TUNED_AT, tuned_rates
@@ -66,8 +67,7 @@ def write(rows: list[dict[str, str]]) -> None:
 
 def _circumstances() -> str:
     found = circumstances("benchmarks.digits_study")
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['hardware']}; {versions}"
+    return f"{found['hardware']}; {versions(found)}"
 
 
 def _others() -> list[str]:

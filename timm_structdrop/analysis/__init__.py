@@ -1,21 +1,30 @@
 """Looking into a model: Hopkins reports, cluster maps, studies; numbers first, then pictures."""
 
-from timm_structdrop.analysis.cam_figures import draw_cams
-from timm_structdrop.analysis.cams import Cams, cam_place, class_activation_maps, compare_spread
-from timm_structdrop.analysis.cluster_figures import draw_cluster_maps, draw_training_mask
-from timm_structdrop.analysis.cluster_maps import (
+from timm_structdrop.analysis.cams import (
+    Cams,
+    cam_place,
+    class_activation_maps,
+    compare_spread,
+    draw_cams,
+)
+from timm_structdrop.analysis.cluster_study import ClusterStudy, cluster_study
+from timm_structdrop.analysis.clusters import (
     ClusterMaps,
     TrainingMask,
     cluster_maps,
+    draw_cluster_maps,
+    draw_training_mask,
     training_mask,
 )
-from timm_structdrop.analysis.cluster_study import ClusterStudy, cluster_study
 from timm_structdrop.analysis.corruption_figures import draw_corruption_curves
-from timm_structdrop.analysis.files import output_folder, save_csv, save_json, save_png
 from timm_structdrop.analysis.fitting import fit_clusters
-from timm_structdrop.analysis.gradient_bound import GradientBound, gradient_bound
-from timm_structdrop.analysis.hopkins_figures import draw_hopkins_histograms, draw_hopkins_map
-from timm_structdrop.analysis.hopkins_report import HopkinsReport, LayerHopkins, hopkins_report
+from timm_structdrop.analysis.hopkins import (
+    HopkinsReport,
+    LayerHopkins,
+    draw_hopkins_histograms,
+    draw_hopkins_map,
+    hopkins_report,
+)
 from timm_structdrop.analysis.maps import (
     LAYER_CHOICES,
     Place,
@@ -24,14 +33,12 @@ from timm_structdrop.analysis.maps import (
     collect_maps,
     find_places,
 )
-from timm_structdrop.analysis.surface_figures import draw_accuracy_surface
 
 __all__ = [
     "LAYER_CHOICES",
     "Cams",
     "ClusterMaps",
     "ClusterStudy",
-    "GradientBound",
     "HopkinsReport",
     "LayerHopkins",
     "Place",
@@ -44,7 +51,6 @@ __all__ = [
     "cluster_study",
     "collect_maps",
     "compare_spread",
-    "draw_accuracy_surface",
     "draw_cams",
     "draw_cluster_maps",
     "draw_corruption_curves",
@@ -53,11 +59,6 @@ __all__ = [
     "draw_training_mask",
     "find_places",
     "fit_clusters",
-    "gradient_bound",
     "hopkins_report",
-    "output_folder",
-    "save_csv",
-    "save_json",
-    "save_png",
     "training_mask",
 ]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_structdrop.analysis.maps import cluster_layers, unchanged
+from timm_structdrop.analysis.maps import cluster_layers
 from timm_structdrop.errors import UserError
+from timm_structdrop.layers import FittedLayer
+from timm_structdrop.models.modes import eval_mode
 
 __all__ = ["fit_clusters"]
+
+FITTED_STATE = ("labels", "structured", "fitted_at", "fitted_size")
 
 
 class _Stop(Exception):
@@ -43,7 +49,6 @@ def fit_clusters(model: nn.Module, images: Tensor, at: int = 0) -> dict[str, dic
             f"a model to fit must have a DropCluster layer; {type(model).__name__} has none"
         )
     passed: set[nn.Module] = set()
-    handles = []
 
     def stop_after_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passed.add(module)
@@ -51,22 +56,24 @@ def fit_clusters(model: nn.Module, images: Tensor, at: int = 0) -> dict[str, dic
             raise _Stop
 
     weight = next(model.parameters())
-    with unchanged(model), warnings.catch_warnings(record=True) as refusals, torch.no_grad():
+    with (
+        eval_mode(model, [model]),  # for its flags; all of it is in training mode
+        _buffers_put_back(model),
+        warnings.catch_warnings(record=True) as refusals,
+        torch.no_grad(),
+        ExitStack() as hooks,
+    ):
         warnings.simplefilter("always")
         try:
-            model.train()
             for layer in layers.values():
                 layer.last_fit = None
                 layer.request_fit(at)
-                handles.append(layer.register_forward_hook(stop_after_last))
+                hooks.enter_context(layer.register_forward_hook(stop_after_last))
             model(images.to(device=weight.device, dtype=weight.dtype))
         except _Stop:
             pass
         except ValueError as error:
             raise UserError(str(error)) from error
-        finally:
-            for handle in handles:
-                handle.remove()
     facts = {}
     for name, layer in layers.items():
         if layer.last_fit is None:
@@ -74,3 +81,23 @@ def fit_clusters(model: nn.Module, images: Tensor, at: int = 0) -> dict[str, dic
             raise UserError(f"{name} must have activations with clusters; {reasons}")
         facts[name] = layer.last_fit
     return facts
+
+
+@contextmanager
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """Put buffers back afterwards, except what a DropCluster layer has fitted.
+
+    So a forward pass in training mode does not move the running statistics of batch norms.
+    """
+    kept = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not (isinstance(module, FittedLayer) and name in FITTED_STATE)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

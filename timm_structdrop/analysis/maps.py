@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,6 @@ __all__ = [
     "collect_maps",
     "find_places",
     "place_named",
-    "unchanged",
     "watch_maps",
 ]
 
@@ -32,7 +31,6 @@ LAYER_CHOICES = {
     "stages": ("stem", "stage"),
     "convs": ("stem", "conv", "last_conv"),
 }
-FITTED_STATE = ("labels", "structured", "fitted_at", "fitted_size")
 
 
 @dataclass(frozen=True)
@@ -175,21 +173,16 @@ def watch_maps(
         seen.add(place.name)
         see(place, shown)
 
-    handles = []
-    for place in places:
-        if place.watches_input:
-            handles.append(place.module.register_forward_pre_hook(partial(watch, place)))
-        else:
-            handles.append(place.module.register_forward_hook(partial(watch, place)))
     weight = next(model.parameters())
-    try:
-        with eval_mode(model):
-            for batch in images.split(batch_size):
-                seen.clear()
-                model(batch.to(device=weight.device, dtype=weight.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with eval_mode(model), ExitStack() as hooks:
+        for place in places:
+            if place.watches_input:
+                hooks.enter_context(place.module.register_forward_pre_hook(partial(watch, place)))
+            else:
+                hooks.enter_context(place.module.register_forward_hook(partial(watch, place)))
+        for batch in images.split(batch_size):
+            seen.clear()
+            model(batch.to(device=weight.device, dtype=weight.dtype))
 
 
 def collect_maps(model: nn.Module, place: Place, images: Tensor, batch_size: int = 64) -> Tensor:
@@ -204,26 +197,3 @@ def collect_maps(model: nn.Module, place: Place, images: Tensor, batch_size: int
         batch_size,
     )
     return torch.cat(maps)
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put training flags and buffers back afterwards, except what a DropCluster layer has fitted.
-
-    So a forward pass in training mode does not move the running statistics of batch norms.
-    """
-    training = [(module, module.training) for module in model.modules()]
-    kept = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not (isinstance(module, FittedLayer) and name in FITTED_STATE)
-    ]
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)

@@ -28,7 +28,9 @@ def spatial_hopkins(
     Args:
         A: (B, C, H, W) with H, W >= 3, any floating dtype; computed in float32 or better.
         n_points: m, points per image, drawn with replacement. The sampling error of the mean over
-            the batch shrinks with the root of B * n_points.
+            the batch shrinks with the root of B * n_points. The paper wants m far below the number
+            of pixels; the default of 64 is not on a map of 8x8 or less, where points repeat, which
+            costs precision and does not shift the mean.
         generator: Source of the points; the default generator of A's device if None.
 
     Returns:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_structdrop.training import write_whole
+from timm_structdrop.files import save_csv, save_text
 
 __all__ = ["accuracy_row", "write_results"]
 
@@ -48,14 +46,8 @@ def write_results(
     In CSV a result that consists of `rows` is written as these. A column that some rows lack is
     empty there. Raises `UserError` when the file can't be written.
     """
-    text = io.StringIO()
     if format == "json":
-        json.dump(results, text, indent=4)
+        save_text(json.dumps(results, indent=4), path)
     else:
         results = [results] if isinstance(results, Mapping) else results
-        rows = [row for result in results for row in result.get("rows", [result])]
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        save_csv([row for result in results for row in result.get("rows", [result])], path)

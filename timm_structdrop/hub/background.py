@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -19,25 +20,21 @@ _logger = logging.getLogger(__name__)
 class RunPushes:
     """Pushes a run's folder every so many epochs, and once more at its end.
 
-    ``python -m timm_structdrop push`` does it, beside the training: it can neither stop it nor hold
-    it up, and takes no random number from it. While a push is under way no other is started. A push
-    that fails is one warning line.
+    A process of its own does it, beside the training: it can neither stop it nor hold it up, and
+    takes no random number from it. While a push is under way no other is started. A push that fails
+    is one warning line.
 
     Args:
         folder: the run's output folder.
-        repo_id: ``user/name``.
-        license: of the weights.
-        private: for a repository that has to be made.
+        repo_id: ``user/name``, for the messages.
+        command: what Python is to run to push the folder.
         every: epochs between pushes; 0 for one at the end.
     """
 
-    def __init__(
-        self, folder: Path, repo_id: str, license: str, private: bool = False, every: int = 0
-    ) -> None:
-        flags = ["--license", license, *(["--private"] if private else [])]
-        self.arguments = ["push", str(folder), repo_id, *flags]
+    def __init__(self, folder: Path, repo_id: str, command: Sequence[str], every: int = 0) -> None:
         self.folder = folder
         self.repo_id = repo_id
+        self.command = command
         self.every = every
         self._running: tuple[subprocess.Popen[bytes], IO[bytes]] | None = None
 
@@ -71,7 +68,7 @@ class RunPushes:
         paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "timm_structdrop", *self.arguments],
+            [sys.executable, *self.command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -98,6 +95,6 @@ class RunPushes:
             return True
         lines = [line for line in output.splitlines() if line.strip()] or [f"exit status {status}"]
         cause = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        again = shlex.join(["python", "-m", "timm_structdrop", *self.arguments])
+        again = shlex.join(["python", *self.command])
         _logger.warning(f"Not pushed: {cause.removeprefix('error: ')}; to try again: {again}")
         return False

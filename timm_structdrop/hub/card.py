@@ -1,24 +1,47 @@
-"""Model cards: what the Hub shows of a checkpoint, from the model and its recorded facts."""
+"""Model cards: what the Hub shows of a checkpoint, from the model and its recorded facts.
+
+`card.md.jinja` is the card; what it says of a checkpoint is found out here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from torch import nn
 
 from timm_structdrop.errors import UserError
-from timm_structdrop.hub.card_text import card_text
+from timm_structdrop.hub.citations import bibtex, in_words, paper_line
 from timm_structdrop.hub.licenses import check_license
-from timm_structdrop.hub.model_stats import regularizer_uses
+from timm_structdrop.hub.model_stats import (
+    RegularizerUse,
+    architecture_name,
+    fitted_clusters,
+    model_stats,
+    regularizer_uses,
+)
+from timm_structdrop.layers import regularizers
+from timm_structdrop.models.placement import where_in_words
+from timm_structdrop.models.structdrop_variants import variants
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
-__all__ = ["make_card"]
+__all__ = ["make_card", "updated_readme"]
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TASK = "image-classification"
 READERS = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")  # timm's prefixes of data set names
+SMALL_TEST = 5000  # fewer images do not rank models that are close
+MOST_LABELS = 20  # more of them are not listed
+
+START = "<!-- timm_structdrop writes this part again at every push -->"
+END = "<!-- end of the part that timm_structdrop writes -->"
+METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 def make_card(
@@ -60,8 +83,7 @@ def make_card(
     known = dict(facts or {})
     license = check_license(license)
     uses = regularizer_uses(model)
-    architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "model"))
-    name = known.get("name") or (repo_id or architecture).rpartition("/")[2]
+    name = known.get("name") or (repo_id or architecture_name(model)).rpartition("/")[2]
     dataset = dataset_id(known.get("dataset"))
     results = eval_results(known, dataset)
     data = ModelCardData(
@@ -74,10 +96,23 @@ def make_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    body = card_text(
-        model, uses, title=title or name, license=license, repo_id=repo_id, facts=known
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title or name,
+        license=license,
+        repo_id=repo_id,
+        loads_by=known.get("name") or (f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
+        dataset=known.get("dataset_name") or known.get("dataset"),
+        shows_digits=known.get("dataset") == "digits",
+        **facts_of_model(model, uses, known),
+        regularizers=[facts_of_regularizer(model, use, known) for use in uses],
+        training=facts_of_training(known),
+        **facts_of_evaluation(known),
+        picture=known.get("picture", "clusters.png"),
+        bibtex=bibtex(use.name for use in uses),
+        facts=known,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
 def dataset_id(dataset: object) -> str | None:
@@ -119,3 +154,148 @@ def eval_results(facts: Mapping[str, Any], dataset: str | None) -> list[EvalResu
             )
         )
     return found
+
+
+def facts_of_model(
+    model: nn.Module, uses: Sequence[RegularizerUse], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the model is, what it costs, and what its code blocks depend on."""
+    stats = model_stats(model)
+    channels, height, width = stats.input_size
+    name = architecture_name(model)
+    variant = variants.get(name)
+    base = getattr(model, "_model_args", {}).get("base", name)
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    ids = cfg.get("paper_ids") or ()
+    ids = (ids,) if isinstance(ids, str) else ids
+    labels = facts.get("label_names") or ()
+    return {
+        "architecture": name,
+        "architecture_in_words": variant.architecture.summary if variant is not None else base,
+        "params": _short(stats.params / 1e6),
+        "gmacs": _short(stats.macs / 1e9),
+        "activations": _short(stats.activations / 1e6),
+        "height": height,
+        "width": width,
+        "colours": {1: " gray", 3: " RGB"}.get(channels, f" {channels}-channel"),
+        "image_mode": "L" if channels == 1 else "RGB",
+        "num_classes": int(getattr(model, "num_classes", 0)),
+        "labels": labels if len(labels) <= MOST_LABELS else (),
+        "papers": [
+            *(paper_line(use.name) for use in uses),
+            *(f"https://arxiv.org/abs/{id.removeprefix('arXiv:')}" for id in ids),
+        ],
+        "feature_shapes": stats.feature_shapes,
+        "map_shape": stats.map_shape,
+        "embedding": stats.embedding,
+    }
+
+
+def facts_of_regularizer(
+    model: nn.Module, use: RegularizerUse, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Where the regularizer sits, its settings, what it has learned."""
+    paths = list(use.layers)
+    shown = ", ".join(f"`{path}`" for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+    rate = facts.get("drop_prob")
+    rows = {"rate in training": [rate]} if rate is not None else {}
+    rows |= {f"`{key}`": values for key, values in use.settings.items() if values != [None]}
+    clusters = [
+        {
+            "path": path,
+            "n_clusters": layer.n_clusters,
+            "channels": len(layer.structured),
+            "masked": int((~layer.structured).sum()),
+            "height": layer.labels.shape[1],
+            "width": layer.labels.shape[2],
+        }
+        for path, layer in fitted_clusters(use).items()
+    ]
+    return {
+        "name": in_words(use.name),
+        "summary": regularizers[use.name].summary,
+        "layers": f"{len(paths)} layers ({shown})" if len(paths) > 1 else f"one layer ({shown})",
+        "where": where_in_words(model, use.name),
+        "settings": {key: _values(values) for key, values in rows.items()},
+        "clusters": clusters,
+        "awaits_clusters": not clusters and bool(use.settings.get("n_clusters")),
+    }
+
+
+def facts_of_training(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows below the command."""
+    rows = {key: facts.get(key) for key in ("recipe", "epochs", "seed", "hardware")}
+    versions = facts.get("versions") or {}
+    rows["versions"] = ", ".join(f"{name} {is_}" for name, is_ in versions.items()) or None
+    return {key: value for key, value in rows.items() if value is not None}
+
+
+def facts_of_evaluation(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures, as text; what the others reach, best first; and what one image is worth where
+    images are few."""
+    top1, top5 = facts.get("top1"), facts.get("top5")
+    rows = sorted(facts.get("comparison") or (), key=lambda row: (-row["top1"], row["model"]))
+    smallest = min((row["n"] for row in rows), default=SMALL_TEST)
+    return {
+        "top1": None if top1 is None else f"{top1:.2f}",
+        "top5": None if top5 is None else f"{top5:.2f}",
+        "comparison": [
+            {
+                "model": row["model"],
+                "top1": f"{row['top1']:.2f}",
+                "n": row["n"],
+                "params": _short(row["params"] / 1e6) if "params" in row else "",
+            }
+            for row in rows
+        ],
+        "points_of_an_image": f"{100 / smallest:.2f}" if smallest < SMALL_TEST else None,
+    }
+
+
+def _short(value: float) -> str:
+    """One decimal, as timm's cards; of a small value the first two digits."""
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _values(values: Sequence[Any]) -> str:
+    return " or ".join("none" if value is None else json.dumps(value) for value in values)
+
+
+def updated_readme(existing: str | None, card: str) -> str:
+    """The README to push.
+
+    The card's metadata are laid over the existing ones (tags of both stay). Its text takes the
+    place of the card that was pushed before; a README without one keeps its text below the card.
+
+    Args:
+        existing: the README in the repository; None where there is none.
+        card: metadata between ``---`` lines, and text.
+    """
+    data, body = _split(card)
+    written = f"{START}\n\n{body.strip()}\n\n{END}"
+    before, text = _split(existing or "")
+    tags = [*_strings(data.get("tags")), *_strings(before.get("tags"))]
+    merged = {**before, **data, **({"tags": list(dict.fromkeys(tags))} if tags else {})}
+    start, end = text.find(START), text.find(END)
+    if 0 <= start < end:
+        text = f"{text[:start]}{written}{text[end + len(END) :]}"
+    else:
+        text = f"{written}\n\n{text}"
+    metadata = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    return f"---\n{metadata}---\n\n{text.strip()}\n"
+
+
+def _split(readme: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text; metadata that cannot be read count as none."""
+    match = METADATA.match(readme)
+    if match is None:
+        return {}, readme
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        data = None
+    return data if isinstance(data, dict) else {}, readme[match.end() :]
+
+
+def _strings(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []

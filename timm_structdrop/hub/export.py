@@ -18,11 +18,11 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_structdrop.errors import UserError, one_line
+from timm_structdrop.files import save_json
 from timm_structdrop.models.placement import structdrop_layers
 from timm_structdrop.models.structdrop_variants import variants
-from timm_structdrop.training import write_whole
 
-__all__ = ["CONFIG", "WEIGHTS", "export_model", "file_sha256", "layer_settings"]
+__all__ = ["CONFIG", "WEIGHTS", "export_model", "file_sha256", "layer_settings", "shared_rate"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -92,6 +92,16 @@ def layer_settings(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     return [(layer.regularizer, layer.settings()) for layer in structdrop_layers(model)]
 
 
+def shared_rate(model: nn.Module, regularizer: str | None = None) -> float | None:
+    """The target rate that all layers of a regularizer have, or of all; None where they differ."""
+    rates = {
+        layer.target_drop_prob
+        for layer in structdrop_layers(model)
+        if regularizer in (None, layer.regularizer)
+    }
+    return rates.pop() if len(rates) == 1 else None
+
+
 def _write(
     model: nn.Module,
     folder: Path,
@@ -115,8 +125,7 @@ def _write(
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)
     sha256 = file_sha256(folder / WEIGHTS)
     config = {**json.loads((folder / CONFIG).read_text()), "sha256": sha256}
-    text = json.dumps(config, indent=2) + "\n"
-    write_whole(folder / CONFIG, lambda file: file.write(text.encode()))
+    save_json(config, folder / CONFIG)
     return sha256
 
 
@@ -126,25 +135,19 @@ def _stripped_arguments(model: nn.Module) -> dict[str, Any]:
     kept = {key: value for key, value in known.items() if key.endswith("drop_rate")}
     kept |= {key: known[key] for key in ("drop_path_rate", "drop_block_rate") if key in known}
     if "regularizers" in known:
-        kept["regularizers"] = [
-            {**entry, **_rate(model, entry["name"], "drop_prob")} for entry in known["regularizers"]
-        ]
+        kept["regularizers"] = [dict(entry) for entry in known["regularizers"]]
+        for entry in kept["regularizers"]:
+            rate = shared_rate(model, entry["name"])
+            if rate is not None:
+                entry["drop_prob"] = rate
     name = known.get("base") or model.pretrained_cfg["architecture"]  # type: ignore[index]
     variant = variants.get(str(name).split(".")[0])
     attached = {entry["name"] for entry in known.get("regularizers", ())}
     if variant is not None and variant.regularizer not in attached:
-        rate = _rate(model, variant.regularizer, "drop_block_rate")
-        if "keep_prob" in known and rate:
-            rate = {"keep_prob": 1.0 - rate["drop_block_rate"]}
-        kept |= rate
+        rate = shared_rate(model, variant.regularizer)
+        if rate is not None:
+            kept |= {"keep_prob": 1.0 - rate} if "keep_prob" in known else {"drop_block_rate": rate}
     return kept
-
-
-def _rate(model: nn.Module, regularizer: str, keyword: str) -> dict[str, float]:
-    """The target rate that the layers of a regularizer share; empty where they differ."""
-    layers = [layer for layer in structdrop_layers(model) if layer.regularizer == regularizer]
-    rates = {layer.target_drop_prob for layer in layers}
-    return {keyword: rates.pop()} if len(rates) == 1 else {}
 
 
 def _check(model: nn.Module, folder: Path) -> None:

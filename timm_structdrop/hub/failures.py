@@ -1,4 +1,10 @@
-"""What goes wrong between here and the Hub, in one line each, and what is worth another try."""
+"""What goes wrong between here and the Hub: what its client leaves to its users.
+
+The client repeats single requests (those of an upload; in recent releases others too) and, asked
+for one file, falls back to its cache. `with_retries` repeats a whole attempt, also after a commit
+in between, which asks for another parent. The client's errors are many lines, in the words of
+several libraries: `hub_errors` makes one line of them, with advice.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
@@ -29,8 +34,20 @@ __all__ = ["hub_errors", "is_away", "with_retries"]
 _logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds; the client itself spends up to half a minute on some calls
-CONFLICTS = (412,)
-BUSY = (408, 429, 500, 502, 503, 504)
+WORTH_ANOTHER_TRY = (408, 412, 429, 500, 502, 503, 504)  # 412: a commit in between
+ADVICE_OF_CLASS = {
+    RevisionNotFoundError: "there is no such revision",
+    EntryNotFoundError: "there is no such file",
+    GatedRepoError: "ask for access on its page, then run `hf auth login`",
+}
+ADVICE_OF_STATUS = {
+    401: "no valid token, or no such repository: run `hf auth login` or set HF_TOKEN",
+    403: "the token does not allow this: use one with write access to that name",
+    404: "there is no such repository, or the token may not see it",
+    409: "something of that name is already there",
+    412: "someone else keeps changing the repository: try again",
+    429: "too many requests: try again later",
+}
 
 Result = TypeVar("Result")
 
@@ -71,33 +88,26 @@ def with_retries(attempt: Callable[[], Result]) -> Result:
         try:
             return attempt()
         except (HTTPError, OSError, RuntimeError) as error:
-            seconds = _seconds_to_wait(error, wait)
-            if seconds is None or time.monotonic() + seconds > deadline:
+            answered = _answered(error)
+            if answered is None or answered.response.status_code not in WORTH_ANOTHER_TRY:
                 raise
-            _logger.info(f"The Hub answered {_status(error)}; again in {seconds:g} s")
+            asked = answered.response.headers.get("Retry-After", "")
+            seconds = max(wait, float(asked)) if asked.isdigit() else wait
+            if time.monotonic() + seconds > deadline:
+                raise
+            status = answered.response.status_code
+            _logger.info(f"The Hub answered {status}; again in {seconds:g} s")
         time.sleep(seconds)
         wait *= 2
 
 
 def is_away(error: BaseException) -> bool:
     """Whether the Hub cannot be reached, or offline mode forbids it."""
-    status = _status(error)
-    if status is not None:
-        return status >= 500
+    answered = _answered(error)
+    if answered is not None:
+        return answered.response.status_code >= 500
     found = _chain(error)
     return any(isinstance(link, OfflineModeIsEnabled) or _is_transport(link) for link in found)
-
-
-def _seconds_to_wait(error: BaseException, wait: float) -> float | None:
-    """None where another try makes no sense."""
-    status = _status(error)
-    if status in CONFLICTS:
-        return wait
-    if status not in BUSY:
-        return None
-    response = _http_error(error).response  # type: ignore[union-attr]
-    asked = response.headers.get("Retry-After", "")
-    return max(wait, float(asked)) if asked.isdigit() else wait
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -107,17 +117,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def _http_error(error: BaseException) -> HfHubHTTPError | None:
+def _answered(error: BaseException) -> HfHubHTTPError | None:
     """The answer of the Hub behind an error; some of the client's errors are without one."""
     for link in _chain(error):
         if isinstance(link, HfHubHTTPError) and link.response is not None:
             return link
     return None
-
-
-def _status(error: BaseException) -> int | None:
-    found = _http_error(error)
-    return None if found is None else found.response.status_code
 
 
 def _is_transport(error: BaseException) -> bool:
@@ -137,9 +142,9 @@ def _cause(error: BaseException) -> str | None:
         return "offline mode is on; unset HF_HUB_OFFLINE"
     if any(isinstance(link, LocalTokenNotFoundError) for link in links):
         return "there is no token; run `hf auth login` or set HF_TOKEN"
-    response_error = _http_error(error)
-    if response_error is not None:
-        return _cause_of_status(response_error)
+    answered = _answered(error)
+    if answered is not None:
+        return _cause_of_answer(answered)
     for link in links:
         # the client's word for "neither there nor in the cache", whose cause comes further on
         if is_users(link) and not isinstance(link, LocalEntryNotFoundError):
@@ -148,7 +153,9 @@ def _cause(error: BaseException) -> str | None:
         if isinstance(link, OSError) and "Consistency check failed" in str(link):
             return "a download ended early, its size is wrong; try again"
     if any(_is_transport(link) for link in links):
-        return f"{constants.ENDPOINT} cannot be reached, or broke off ({_reason(links)})"
+        # the root of it, without the words of every library on the way
+        reason = next((one_line(link) for link in reversed(links) if str(link)), "no answer")
+        return f"{constants.ENDPOINT} cannot be reached, or broke off ({reason})"
     if isinstance(error, OSError):
         return one_line(error)
     if "LFS" in str(error) or "README.md" in str(error) or "Malformed" in str(error):
@@ -156,12 +163,7 @@ def _cause(error: BaseException) -> str | None:
     return None
 
 
-def _reason(links: list[BaseException]) -> str:
-    """The root of it, without the words of every library on the way."""
-    return next((one_line(link) for link in reversed(links) if str(link)), "no answer")
-
-
-def _cause_of_status(error: HfHubHTTPError) -> str:
+def _cause_of_answer(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     said = error.response.headers.get("X-Error-Message") or error.server_message
     reply = f"the Hub answered {status}" + (f" ({' '.join(said.split())})" if said else "")
@@ -169,24 +171,9 @@ def _cause_of_status(error: HfHubHTTPError) -> str:
 
 
 def _advice(error: HfHubHTTPError, status: int) -> str:
-    if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision"
-    if isinstance(error, EntryNotFoundError):
-        return "there is no such file"
-    if isinstance(error, GatedRepoError):
-        return "ask for access on its page, then run `hf auth login`"
-    if status == 401:
-        return "no valid token, or no such repository: run `hf auth login` or set HF_TOKEN"
-    if status == 403:
-        return "the token does not allow this: use one with write access to that name"
-    if status == 404 or isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or the token may not see it"
-    if status == 409:
-        return "something of that name is already there"
-    if status == 412:
-        return "someone else keeps changing the repository: try again"
-    if status == 429:
-        return "too many requests: try again later"
+    for kind, advice in ADVICE_OF_CLASS.items():
+        if isinstance(error, kind):
+            return advice
     if status >= 500:
         return "that is a problem of the Hub: try again later"
-    return "the request was not understood"
+    return ADVICE_OF_STATUS.get(status, "the request was not understood")

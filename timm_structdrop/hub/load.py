@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.hf_api import RepoSibling
 from safetensors import SafetensorError
 from torch import nn
 
@@ -30,24 +31,21 @@ LOADING_ARGUMENTS = ("checkpoint_path", "cache_dir", "pruned", "kwargs_filter")
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class PushedFiles:
     """The files of one commit.
 
     Attributes:
         api: knows the token.
         repo_id: user/name.
         commit: the commit's hash.
-        files: names of all files; None where the Hub could not be asked.
-        sha256: what the Hub says of its LFS files, by name.
-        git_oid: the same of its other files: SHA-1 of ``blob <size>\\0`` and the content.
+        listed: what the Hub says of each file, by name: its SHA-256 if it is an LFS file, or else
+            the SHA-1 of ``blob <size>\\0`` and the content; None where the Hub was not asked.
     """
 
     api: HfApi
     repo_id: str
     commit: str
-    files: tuple[str, ...] | None = None
-    sha256: dict[str, str] = field(default_factory=dict)
-    git_oid: dict[str, str] = field(default_factory=dict)
+    listed: dict[str, RepoSibling] | None = None
 
     def fetch(self, name: str, force: bool = False) -> Path:
         """A file from the cache, or downloaded into it."""
@@ -56,7 +54,7 @@ class Snapshot:
             name,
             revision=self.commit,
             force_download=force,
-            local_files_only=self.files is None,
+            local_files_only=self.listed is None,
         )
         return Path(path)
 
@@ -87,11 +85,11 @@ def load_verified(
     """
     repo_id, revision = _split(repo_id, revision)
     with hub_errors("load", repo_id):
-        snapshot = _resolve(HfApi(token=token), repo_id, revision)
-        _refuse_pickles(snapshot)
-        config_path = _verified(snapshot, CONFIG, None)
+        files = _resolve(HfApi(token=token), repo_id, revision)
+        _refuse_pickles(files)
+        config_path = _verified(files, CONFIG, None)
         config = _read_config(config_path, repo_id)
-        weights = _verified(snapshot, WEIGHTS, config.get("sha256"))
+        weights = _verified(files, WEIGHTS, config.get("sha256"))
     if weights.parent != config_path.parent:
         raise UserError(f"config and weights must be of one commit; got {config_path}, {weights}")
     _check_config(config, repo_id)
@@ -99,7 +97,7 @@ def load_verified(
         model = timm.create_model(f"local-dir:{weights.parent}", pretrained=True, **model_kwargs)
     except (SafetensorError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{repo_id} does not give a model: {one_line(error)}") from error
-    source = {"hf_hub_id": f"{repo_id}@{snapshot.commit}", "source": "hf-hub"}
+    source = {"hf_hub_id": f"{repo_id}@{files.commit}", "source": "hf-hub"}
     known = {key: value for key, value in model.pretrained_cfg.items() if key != "file"}
     model.pretrained_cfg = model.default_cfg = {**known, **source}
     return model
@@ -114,80 +112,67 @@ def _split(repo_id: str, revision: str | None) -> tuple[str, str]:
     return name, own or revision or "main"
 
 
-def _resolve(api: HfApi, repo_id: str, revision: str) -> Snapshot:
+def _resolve(api: HfApi, repo_id: str, revision: str) -> PushedFiles:
     """The commit that a revision stands for, and what the Hub knows of its files."""
     try:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except (HTTPError, OSError) as error:
-        cached = _cached_commit(api, repo_id, revision) if is_away(error) else None
-        if cached is None:
+        cached = try_to_load_from_cache(repo_id, CONFIG, revision=revision)
+        if not is_away(error) or not isinstance(cached, str):
             raise
-        _logger.warning(f"The Hub cannot be reached: {repo_id} is taken from the cache, {cached}")
-        return Snapshot(api, repo_id, cached)
-    files = info.siblings or []
-    return Snapshot(
-        api,
-        repo_id,
-        str(info.sha),
-        tuple(file.rfilename for file in files),
-        {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None},
-        {file.rfilename: file.blob_id for file in files if file.lfs is None and file.blob_id},
-    )
+        commit = Path(cached).parent.name
+        _logger.warning(f"The Hub cannot be reached: {repo_id} is taken from the cache, {commit}")
+        return PushedFiles(api, repo_id, commit)
+    listed = {file.rfilename: file for file in info.siblings or []}
+    return PushedFiles(api, repo_id, str(info.sha), listed)
 
 
-def _cached_commit(api: HfApi, repo_id: str, revision: str) -> str | None:
-    try:
-        path = api.hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return Path(path).parent.name
-
-
-def _refuse_pickles(snapshot: Snapshot) -> None:
-    if snapshot.files is None or WEIGHTS in snapshot.files:
+def _refuse_pickles(files: PushedFiles) -> None:
+    if files.listed is None or WEIGHTS in files.listed:
         return
-    pickles = [name for name in snapshot.files if name.endswith(PICKLES)]
+    pickles = [name for name in files.listed if name.endswith(PICKLES)]
     if pickles:
         raise UserError(
-            f"{snapshot.repo_id} must have {WEIGHTS}; it has {pickles[0]}, and unpickling that can "
+            f"{files.repo_id} must have {WEIGHTS}; it has {pickles[0]}, and unpickling that can "
             "run code"
         )
-    raise UserError(f"{snapshot.repo_id} must have {WEIGHTS}; it has {', '.join(snapshot.files)}")
+    raise UserError(f"{files.repo_id} must have {WEIGHTS}; it has {', '.join(files.listed)}")
 
 
-def _verified(snapshot: Snapshot, name: str, stated: str | None) -> Path:
-    """A file of the snapshot whose content is the stated one."""
-    path = snapshot.fetch(name)
-    wrong = _wrong(path, snapshot, name, stated)
-    if wrong and snapshot.files is not None:
+def _verified(files: PushedFiles, name: str, stated: str | None) -> Path:
+    """The path of a file whose content is the stated one."""
+    path = files.fetch(name)
+    wrong = _wrong(path, files, name, stated)
+    if wrong and files.listed is not None:
         _logger.warning(f"{path} is not what was pushed ({wrong}); it is downloaded again")
-        path = snapshot.fetch(name, force=True)
-        wrong = _wrong(path, snapshot, name, stated)
+        path = files.fetch(name, force=True)
+        wrong = _wrong(path, files, name, stated)
     if not wrong:
         return path
     for bad in (path.resolve(), path):
         bad.unlink(missing_ok=True)
     raise UserError(
-        f"{path} is not the {name} that was pushed to {snapshot.repo_id} ({wrong}); it has been "
+        f"{path} is not the {name} that was pushed to {files.repo_id} ({wrong}); it has been "
         "removed from the cache: try again, and if that does not help, push the model again"
     )
 
 
-def _wrong(path: Path, snapshot: Snapshot, name: str, stated: str | None) -> str:
+def _wrong(path: Path, files: PushedFiles, name: str, stated: str | None) -> str:
     """What does not agree; empty if all does."""
-    wanted = [hash_ for hash_ in (stated, snapshot.sha256.get(name)) if hash_]
+    told = (files.listed or {}).get(name)
+    lfs = told.lfs if told is not None else None
+    wanted = [sha256 for sha256 in (stated, lfs and lfs.sha256) if sha256]
     if wanted:
         found = file_sha256(path)
-        differs = [hash_ for hash_ in wanted if hash_ != found]
+        differs = [sha256 for sha256 in wanted if sha256 != found]
         return f"its SHA-256 is {found}, not {differs[0]}" if differs else ""
-    if name in snapshot.git_oid:
+    if told is not None and told.blob_id:
         content = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        wanted_oid = snapshot.git_oid[name]
-        return f"its git hash is {found}, not {wanted_oid}" if found != wanted_oid else ""
+        return f"its git hash is {found}, not {told.blob_id}" if found != told.blob_id else ""
     if name == WEIGHTS:
         raise UserError(
-            f"{snapshot.repo_id} cannot be verified: its config states no SHA-256, and the Hub "
+            f"{files.repo_id} cannot be verified: its config states no SHA-256, and the Hub "
             "cannot be asked"
         )
     return ""

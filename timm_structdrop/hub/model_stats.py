@@ -11,9 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_structdrop.layers import FittedLayer, StructDropLayer
 from timm_structdrop.models.modes import eval_mode
+from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.trace import first_conv
 
-__all__ = ["ModelStats", "RegularizerUse", "model_stats", "regularizer_uses"]
+__all__ = [
+    "ModelStats",
+    "RegularizerUse",
+    "architecture_name",
+    "fitted_clusters",
+    "model_stats",
+    "regularizer_uses",
+]
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,18 @@ class ModelStats:
         params: parameters.
         macs: multiply-adds of convolutions and linear layers.
         activations: outputs of convolutions and linear layers.
+        feature_shapes: what a `features_only` model returns for one image, if known.
+        map_shape: what `forward_features` returns for one image.
+        embedding: length of what `forward_head(..., pre_logits=True)` returns for one image.
     """
 
     input_size: tuple[int, int, int]
     params: int
     macs: int
     activations: int
+    feature_shapes: list[tuple[int, ...]]
+    map_shape: tuple[int, ...]
+    embedding: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class RegularizerUse:
 def model_stats(model: nn.Module) -> ModelStats:
     """Size and cost of `model` at the input size of its `pretrained_cfg`.
 
-    The model runs once on a zero image in eval mode; its training flags are as before.
+    The model runs on a zero image in eval mode; its training flags are as before.
     """
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     height, width = tuple(cfg.get("input_size", (3, 224, 224)))[1:]
@@ -75,7 +89,27 @@ def model_stats(model: nn.Module) -> ModelStats:
         for handle in handles:
             handle.remove()
     params = sum(parameter.numel() for parameter in model.parameters())
-    return ModelStats(size, params, flops.get_total_flops() // 2, sum(outputs))
+    macs = flops.get_total_flops() // 2
+    return ModelStats(size, params, macs, sum(outputs), *_output_shapes(model, image))
+
+
+@torch.no_grad()
+def _output_shapes(model: Any, image: Tensor) -> tuple[list[tuple[int, ...]], tuple[int, ...], int]:
+    variant = variants.get(architecture_name(model))
+    features: list[tuple[int, ...]] = []
+    with eval_mode(model):
+        maps = model.forward_features(image)
+        embedding = model.forward_head(maps, pre_logits=True)
+        if variant is not None and hasattr(model, "forward_intermediates"):
+            found = model.forward_intermediates(image, intermediates_only=True)
+            wanted = variant.architecture.out_indices
+            features = [tuple(found[index].shape) for index in wanted if index < len(found)]
+    return features, tuple(maps.shape), embedding.shape[-1]
+
+
+def architecture_name(model: nn.Module) -> str:
+    """The name under which timm makes the model, without a tag."""
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "model"))
 
 
 def regularizer_uses(model: nn.Module) -> list[RegularizerUse]:

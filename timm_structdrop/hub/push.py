@@ -16,13 +16,13 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
-from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps, save_png
+from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps
 from timm_structdrop.errors import UserError
-from timm_structdrop.hub.card import make_card
-from timm_structdrop.hub.export import export_model, layer_settings
+from timm_structdrop.files import save_png
+from timm_structdrop.hub.card import make_card, updated_readme
+from timm_structdrop.hub.export import export_model, shared_rate
 from timm_structdrop.hub.failures import hub_errors, with_retries
 from timm_structdrop.hub.licenses import check_license
-from timm_structdrop.hub.readme import updated_readme
 
 __all__ = ["check_push", "push_to_hub"]
 
@@ -82,33 +82,14 @@ def push_to_hub(
         labels = label_names if label_names is not None else (facts or {}).get("label_names")
         sha256 = export_model(model, folder, data_config=data_config, label_names=labels)
         picture = _draw_clusters(model, folder / PICTURE, images)
-        known = {"label_names": labels, **_rate(model), **(facts or {})}
+        known = {"label_names": labels, "drop_prob": shared_rate(model), **(facts or {})}
         known |= {"sha256": sha256, "picture": picture, "rate_saved": True}
         card = str(make_card(model, license=license, repo_id=repo_id, facts=known))
         with hub_errors("push to", repo_id):
-            with_retries(lambda: _make_repository(api, repo_id, private))
-            if revision is not None and revision != "main":
-                with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-
-            def commit() -> CommitInfo:
-                info = api.model_info(repo_id, revision=revision)
-                if private and not info.private:
-                    raise UserError(
-                        f"{repo_id} is public already: make it private on its page, or push to "
-                        "another name"
-                    )
-                existing = _existing_readme(api, info, Path(scratch))
-                text = updated_readme(existing, card).encode()
-                files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()}
-                return api.create_commit(
-                    repo_id,
-                    [CommitOperationAdd(*file) for file in sorted({**files, README: text}.items())],
-                    commit_message=commit_message,
-                    revision=revision,
-                    parent_commit=info.sha,
-                )
-
-            return with_retries(commit)
+            # as a whole: a commit in between changes the README that this one follows
+            return with_retries(
+                lambda: _commit(api, repo_id, folder, card, private, revision, commit_message)
+            )
 
 
 def check_push(repo_id: str, license: str, token: str | None = None) -> None:
@@ -132,25 +113,43 @@ def check_push(repo_id: str, license: str, token: str | None = None) -> None:
             raise LocalTokenNotFoundError
 
 
-def _rate(model: nn.Module) -> dict[str, float]:
-    """The rate that all regularizers share, as a fact; nothing where they differ."""
-    rates = {settings["drop_prob"] for _, settings in layer_settings(model)}
-    return {"drop_prob": rates.pop()} if len(rates) == 1 else {}
-
-
-def _make_repository(api: HfApi, repo_id: str, private: bool | None) -> None:
-    """Unless it is there."""
-    # a 409 whose answer does not say where what is there lies
-    with suppress(KeyError):
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    card: str,
+    private: bool | None,
+    revision: str | None,
+    message: str,
+) -> CommitInfo:
+    """One commit with the folder's files and the card, on top of what is there now."""
+    with suppress(KeyError):  # a 409 whose answer does not say where what is there lies
         api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and revision != "main":
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    info = api.model_info(repo_id, revision=revision)
+    if private and not info.private:
+        raise UserError(
+            f"{repo_id} is public already: make it private on its page, or push to another name"
+        )
+    readme = updated_readme(_existing_readme(api, info), card).encode()
+    files: dict[str, Path | bytes] = {path.name: path for path in folder.iterdir()}
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(*file) for file in sorted({**files, README: readme}.items())],
+        commit_message=message,
+        revision=revision,
+        parent_commit=info.sha,
+    )
 
 
-def _existing_readme(api: HfApi, info: Any, scratch: Path) -> str | None:
+def _existing_readme(api: HfApi, info: Any) -> str | None:
     """The README of the commit that the new one will follow."""
     if README not in {file.rfilename for file in info.siblings or ()}:
         return None
-    path = api.hf_hub_download(info.id, README, revision=info.sha, cache_dir=scratch / "cache")
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    with TemporaryDirectory() as cache:
+        path = api.hf_hub_download(info.id, README, revision=info.sha, cache_dir=cache)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def _draw_clusters(model: nn.Module, path: Path, images: Tensor | None) -> str | None:

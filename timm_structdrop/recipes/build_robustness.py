@@ -14,7 +14,7 @@ from typing import Any
 
 from timm.utils import random_seed
 
-from timm_structdrop.analysis import draw_corruption_curves, save_png
+from timm_structdrop.analysis import draw_corruption_curves
 from timm_structdrop.evaluation import (
     SEVERITIES,
     CorruptedDataset,
@@ -25,6 +25,7 @@ from timm_structdrop.evaluation import (
     evaluate_attack,
     read_corruption_rows,
 )
+from timm_structdrop.files import save_png
 from timm_structdrop.recipes.build_evaluation import Subject
 from timm_structdrop.recipes.robustness_flags import attack_settings
 from timm_structdrop.training import Progress

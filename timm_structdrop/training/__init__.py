@@ -3,7 +3,6 @@
 from timm_structdrop.training.checkpoint import Position, RunSaver, RunState
 from timm_structdrop.training.choice import make_task
 from timm_structdrop.training.epoch import learning_rate, train_one_epoch
-from timm_structdrop.training.files import SummaryFile, read_summary, write_whole
 from timm_structdrop.training.interrupt import TrainingStopped
 from timm_structdrop.training.loop import fit
 from timm_structdrop.training.parts import Loop, LoopSettings
@@ -14,6 +13,7 @@ from timm_structdrop.training.refit import ClusterRefits
 from timm_structdrop.training.resume import find_resume, resume
 from timm_structdrop.training.schedule import DropSchedule, live_drop_prob, schedule_shapes
 from timm_structdrop.training.seeding import derive_seed, seed_everything, set_loader_epoch
+from timm_structdrop.training.summary import SummaryFile, read_summary
 from timm_structdrop.training.task import StructDropTask
 
 __all__ = [
@@ -43,5 +43,4 @@ __all__ = [
     "seed_everything",
     "set_loader_epoch",
     "train_one_epoch",
-    "write_whole",
 ]

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import replace_with_link, write_whole
 from timm_structdrop.models.weights import read_file
-from timm_structdrop.training.files import replace_with_link, save_whole
 from timm_structdrop.training.task import StructDropTask
 
 __all__ = ["EXTENSION", "Position", "RunSaver", "RunState", "recoveries"]
@@ -222,7 +222,7 @@ class RunSaver(CheckpointSaver):
             content["validation"] = dict(validation)
         # timm has load_state_dict add the checkpoint being written; here it is in the list
         content["saver"] = {**self.state_dict(), "pending": (None, None)}
-        save_whole(content, path)
+        write_whole(path, lambda file: torch.save(content, file))
 
     def _ranked(self, path: str, metric: float | None) -> list[tuple[str, Any]]:
         """Best first, earlier before later among equals; those without a metric, newest first."""

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from timm_structdrop.training.checkpoint import Position, RunSaver, RunState
-from timm_structdrop.training.files import SummaryFile
 from timm_structdrop.training.interrupt import StopRequest
 from timm_structdrop.training.ranking import Ranking
+from timm_structdrop.training.summary import SummaryFile
 
 __all__ = ["Loop", "LoopSettings"]
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
-__all__ = ["Progress", "format_seconds"]
+__all__ = ["Progress", "format_seconds", "redraw", "time_left"]
 
 REDRAW_SECONDS = 0.1
 
@@ -18,6 +18,21 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def time_left(seconds: float, done: int, left: int | None) -> str:
+    """``0:12 left`` of what goes on as in the ``seconds`` so far, or ``0:14``, these themselves,
+    where nothing is done yet, nothing left, or nobody knows."""
+    if done <= 0 or not left:
+        return format_seconds(seconds)
+    return f"{format_seconds(seconds / done * left)} left"
+
+
+def redraw(line: str, stream: TextIO) -> None:
+    """Put a line in place of a terminal's last one, cut to its width."""
+    columns = shutil.get_terminal_size().columns
+    stream.write("\r\x1b[2K" + line[: columns - 1])
+    stream.flush()
 
 
 class Progress:
@@ -68,7 +83,7 @@ class Progress:
             now = time.perf_counter()
             if now - self._drawn_at >= REDRAW_SECONDS:
                 self._drawn_at = now
-                self._redraw()
+                redraw(self.line(), self.stream)
         elif self.step - 1 == self.first or self.step % self.log_interval == 0:
             self._print()
 
@@ -77,36 +92,25 @@ class Progress:
         if not self.enabled:
             return
         if self.live:
-            self._redraw(note)
-            self.stream.write("\n")
-            self.stream.flush()
+            redraw(self.line(note), self.stream)
+            print(file=self.stream, flush=True)
         elif self._shown_step != self.step or note:
             self._print(note)
 
-    def line(self) -> str:
-        """The line as it stands."""
+    def line(self, note: str = "") -> str:
+        """The line as it stands, with ``note`` behind it."""
         seconds = time.perf_counter() - self.started
         steps = f"{self.step}/{self.total}" if self.total is not None else f"{self.step}"
         parts = [f"{self.title}  [{steps}]"]
         parts += [f"{name} {_short(value)}" for name, value in self._figures.items()]
         parts.append(f"{self.images / max(seconds, 1e-9):.0f} images/s")
-        stepped = self.step - self.first
-        if self.total is not None and stepped > 0 and self.step < self.total:
-            left = seconds / stepped * (self.total - self.step)
-            parts.append(f"{format_seconds(left)} left")
-        else:
-            parts.append(format_seconds(seconds))
-        return "  ".join(parts)
-
-    def _redraw(self, note: str = "") -> None:
-        columns = shutil.get_terminal_size().columns
-        line = "  ".join([self.line(), note]) if note else self.line()
-        self.stream.write("\r\x1b[2K" + line[: columns - 1])
-        self.stream.flush()
+        left = None if self.total is None else max(0, self.total - self.step)
+        parts.append(time_left(seconds, self.step - self.first, left))
+        return "  ".join([*parts, note] if note else parts)
 
     def _print(self, note: str = "") -> None:
         self._shown_step = self.step
-        print("  ".join([self.line(), note]) if note else self.line(), file=self.stream, flush=True)
+        print(self.line(note), file=self.stream, flush=True)
 
 
 def _short(value: float) -> str:

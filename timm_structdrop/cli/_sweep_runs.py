@@ -11,20 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
+from filelock import lock_descriptor
 
-from timm_structdrop.analysis import save_json
-from timm_structdrop.errors import UserError
+from timm_structdrop.errors import UserError, one_line
+from timm_structdrop.files import save_json
 from timm_structdrop.recipes import Cell
 from timm_structdrop.training import find_resume, read_summary
 
 __all__ = ["Run", "Runner", "done_runs"]
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+TRAIN = ("-m", "timm_structdrop", "train")  # what Python is to run
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 120  # train.py ends after the update that is under way, and saves
+GRACE_SECONDS = 120  # a training ends after the update that is under way, and saves
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Run:
             words = ["--recipe", self.cell.name, "--seed", str(self.seed)]
             words += ["--output", str(self.folder.parent), "--experiment", self.folder.name]
             words += ["--checkpoint-hist", "1"]
-        return [sys.executable, str(TRAIN), *words, *flags]
+        return [sys.executable, *TRAIN, *words, *flags]
 
 
 def done_runs(folder: Path) -> dict[int, Path]:
@@ -235,15 +236,14 @@ def _what_happened(run: Run, code: int) -> str:
 
 def _lock(path: Path) -> IO[str] | None:
     """An open file that nobody else has locked; None if somebody has. The lock ends with the last
-    process that has the file open; without locks in the operating system it always succeeds."""
+    process that has the file open. UserError where the file system has no locks."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open, as the lock)
     try:
-        fcntl: Any = __import__("fcntl")
-    except ImportError:
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        # a FileLock would keep its descriptor to itself, and the run could not hold it too
+        if lock_descriptor(file.fileno(), blocking=False):
+            return file
+    except OSError as error:
         file.close()
-        return None
-    return file
+        raise UserError(f"a sweep needs locks on files; {path}: {one_line(error)}") from error
+    file.close()
+    return None

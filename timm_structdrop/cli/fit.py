@@ -12,9 +12,10 @@ from pathlib import Path
 
 from timm.models import list_models
 
-from timm_structdrop.analysis import cluster_places, fit_clusters, output_folder
-from timm_structdrop.commands._images import add_subject_flags, load_subject
+from timm_structdrop.analysis import cluster_places, fit_clusters
+from timm_structdrop.cli._images import add_subject_flags, load_subject
 from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.files import output_folder
 from timm_structdrop.hub import export_model
 from timm_structdrop.words import table
 

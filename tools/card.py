@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,45 +13,40 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from timm_structdrop.analysis import (
-    cluster_layers,
-    cluster_maps,
-    draw_cluster_maps,
-    output_folder,
-)
-from timm_structdrop.analysis.files import PNG_DPI
+from timm_structdrop.analysis import cluster_layers, cluster_maps, draw_cluster_maps
 from timm_structdrop.data import create_dataset
-from timm_structdrop.errors import UserError
+from timm_structdrop.errors import UserError, run_command
+from timm_structdrop.files import output_folder, save_png, save_text
 from timm_structdrop.hub.card import make_card
 from timm_structdrop.models.packaged import packaged
-from timm_structdrop.training import write_whole
+from timm_structdrop.recipes import FlagParser
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
-
-__all__ = ["add_flags", "run", "stale_parts"]
 
 README, PICTURE = "README.md", "clusters.png"
 SAMPLES = 2
 MARK = "Description"  # of the PNG's text, where the picture says which clusters it shows
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``python -m timm_structdrop card``."""
+def flag_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m tools.card", description=__doc__)
     add = parser.add_argument
     add("--output", default="hfcards", metavar="DIR", help="folder of the cards")
     add("--check", action="store_true", help="write nothing; fail if a card is stale")
+    return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the cards of the packaged models, or say which are stale."""
+    args = flag_parser().parse_flags(argv)
     folder = Path(args.output)
     if args.check:
         stale = [str(path) for path in stale_parts(folder)]
         if stale:
             raise UserError(
-                "cards must say what the packaged checkpoints are (python -m timm_structdrop card "
-                f"writes them); stale: {', '.join(stale)}"
+                "cards must say what the packaged checkpoints are (python -m tools.card writes "
+                f"them); stale: {', '.join(stale)}"
             )
         print(f"the {len(packaged())} cards in {folder} are current")
         return
@@ -87,14 +81,10 @@ def write_stale(folder: Path) -> Iterator[Path]:
         output_folder(path.parent)
         model = _model(name)
         if path.name == README:
-            write_card(packaged_card(model_name, model), path)
+            save_text(str(packaged_card(model_name, model)), path)
         else:
             draw_picture(model, path)
         yield path
-
-
-def write_card(card: ModelCard, path: Path) -> None:
-    write_whole(path, lambda file: file.write(str(card).encode()))
 
 
 def packaged_card(model_name: str, model: nn.Module) -> ModelCard:
@@ -127,11 +117,7 @@ def draw_picture(model: nn.Module, path: Path) -> None:
     transform = create_transform(**config, is_training=False)
     images = torch.stack([transform(dataset[index][0]) for index in range(SAMPLES)])
     maps = cluster_maps(model, images, SAMPLES)[0]
-    figure = draw_cluster_maps(maps, facts["name"])
-    write_whole(
-        path,
-        lambda file: figure.savefig(file, format="png", dpi=PNG_DPI, metadata={MARK: _mark(model)}),
-    )
+    save_png(draw_cluster_maps(maps, facts["name"]), path, {MARK: _mark(model)})
 
 
 def _model(name: str) -> Any:
@@ -167,3 +153,7 @@ def _picture_mark(path: Path) -> str | None:
             return image.info.get(MARK)
     except OSError:
         return None
+
+
+if __name__ == "__main__":
+    run_command(main)

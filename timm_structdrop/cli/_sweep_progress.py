@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from timm_structdrop.commands._sweep_runs import Run
-from timm_structdrop.training.progress import format_seconds
+from timm_structdrop.cli._sweep_runs import Run
+from timm_structdrop.training.progress import redraw, time_left
 from timm_structdrop.words import counted
 
 __all__ = ["SweepProgress"]
@@ -48,8 +48,7 @@ class SweepProgress:
         self._shown_at = at
         line = self.line(running, elsewhere)
         if self.live:
-            sys.stderr.write(f"\r\x1b[2K{line}")
-            sys.stderr.flush()
+            redraw(line, sys.stderr)
         else:
             print(line, file=sys.stderr, flush=True)
 
@@ -75,12 +74,7 @@ class SweepProgress:
             parts.append(f"{elsewhere[0].name} goes on in another process")
         seconds = time.perf_counter() - self.started
         epochs, total = self._epochs(), sum(run.epochs for run in self.runs)
-        if open_runs and epochs > self.epochs_before:
-            left = seconds / (epochs - self.epochs_before) * (total - epochs)
-            parts.append(f"{format_seconds(left)} left")
-        else:
-            parts.append(format_seconds(seconds))
-        return "  ".join(parts)
+        return "  ".join([*parts, time_left(seconds, epochs - self.epochs_before, total - epochs)])
 
     def _epochs(self) -> int:
         return sum(

@@ -14,9 +14,9 @@ from timm_structdrop.analysis import (
     compare_spread,
     draw_cams,
 )
-from timm_structdrop.commands._files import Files
-from timm_structdrop.commands._images import Subject, load_subject
+from timm_structdrop.cli._images import Subject, load_subject
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import Files
 from timm_structdrop.words import table
 
 __all__ = ["add_cam_flags", "inspect_cams"]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_structdrop.analysis import save_csv, save_png
 from timm_structdrop.analysis.figure import new_figure
-from timm_structdrop.commands._sweep_runs import done_runs
+from timm_structdrop.cli._sweep_runs import done_runs
+from timm_structdrop.files import save_csv, save_text
 from timm_structdrop.recipes import Cell, Table
-from timm_structdrop.training import read_summary, write_whole
+from timm_structdrop.training import read_summary
 
-__all__ = ["CellResult", "collect", "draw_results", "markdown", "write_numbers", "write_picture"]
+__all__ = ["CellResult", "collect", "draw_results", "markdown", "write_numbers"]
 
 OURS, PAPER = "#0b6e4f", "#b2182b"
 LEGEND = ("seed", "mean", "mean ± std", "paper")
@@ -81,9 +81,7 @@ def write_numbers(table: Table, results: Sequence[CellResult], folder: Path) -> 
             per_run.append({"recipe": result.cell.name, "seed": seed, **figures})
     paths = [save_csv(per_run, folder / "runs.csv")] if per_run else []
     paths.append(save_csv(_cell_rows(table, results), folder / "table.csv"))
-    text = markdown(table, results)
-    write_whole(folder / "table.md", lambda file: file.write(text.encode()))
-    return [*paths, folder / "table.md"]
+    return [*paths, save_text(markdown(table, results), folder / "table.md")]
 
 
 def _cell_rows(table: Table, results: Sequence[CellResult]) -> list[dict[str, Any]]:
@@ -138,15 +136,6 @@ def title(table: Table) -> str:
     """``Table 1 of Chen et al. 2020: CIFAR-100, ...``."""
     source = f"{table.table} of {table.paper.split(',')[0]}: " if table.paper else ""
     return f"{source}{table.about or table.name}"
-
-
-def write_picture(table: Table, results: Sequence[CellResult], folder: Path) -> Path:
-    """``table.png``.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    return save_png(draw_results(table, results), folder / "table.png")
 
 
 def draw_results(table: Table, results: Sequence[CellResult]) -> Any:

@@ -18,17 +18,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from timm_structdrop.analysis import output_folder, save_json
-from timm_structdrop.commands._sweep_progress import SweepProgress
-from timm_structdrop.commands._sweep_report import (
+from timm_structdrop.cli._sweep_progress import SweepProgress
+from timm_structdrop.cli._sweep_report import (
     CellResult,
     collect,
+    draw_results,
     markdown,
     write_numbers,
-    write_picture,
 )
-from timm_structdrop.commands._sweep_runs import TRAIN, Run, Runner
+from timm_structdrop.cli._sweep_runs import Run, Runner
 from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.files import output_folder, save_json, save_png
 from timm_structdrop.recipes import Table, load_table, parse_with_sources, train_parser
 from timm_structdrop.recipes.parser import at_least
 from timm_structdrop.training.interrupt import StopRequest
@@ -79,8 +79,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(runs, flags)
         return
-    if not TRAIN.is_file():
-        raise UserError(f"the sweep runs train.py of the repository; it is not at {TRAIN}")
     write_manifest(output_folder(folder), table, args.train_flags)
     for run_ in runs:
         run_.folder.parent.mkdir(exist_ok=True)
@@ -199,7 +197,7 @@ def report(table: Table, runs: Sequence[Run], folder: Path) -> None:
     if any(values for result in results for values in result.values.values()):
         print(markdown(table, results))
         try:
-            paths.append(write_picture(table, results, folder))
+            paths.append(save_png(draw_results(table, results), folder / "table.png"))
         except UserError as error:
             print(f"{error}; the numbers are there", file=sys.stderr)
     print("Written:", *paths, sep="\n  ")

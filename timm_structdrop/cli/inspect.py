@@ -32,13 +32,12 @@ from timm_structdrop.analysis import (
     draw_training_mask,
     fit_clusters,
     hopkins_report,
-    output_folder,
     training_mask,
 )
-from timm_structdrop.commands._cams import add_cam_flags, inspect_cams
-from timm_structdrop.commands._files import Files
-from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
+from timm_structdrop.cli._cams import add_cam_flags, inspect_cams
+from timm_structdrop.cli._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.errors import UserError
+from timm_structdrop.files import Files, output_folder
 from timm_structdrop.layers.dropcluster import resample_labels
 from timm_structdrop.recipes.parser import at_least, fraction
 from timm_structdrop.words import counted, table

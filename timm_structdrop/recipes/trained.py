@@ -1,4 +1,4 @@
-"""What a training left in its output folder: the model, and the facts for its card."""
+"""What a training or a fit left in its folder: the model, and the facts for its card."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from timm_structdrop.data import class_names
-from timm_structdrop.errors import UserError
-from timm_structdrop.models.weights import (
-    checkpoint_of,
-    find_checkpoint,
-    load_weights,
-    read_file,
-)
+from timm_structdrop.errors import UserError, one_line
+from timm_structdrop.hub.export import CONFIG
+from timm_structdrop.hub.snapshot import read_snapshot
+from timm_structdrop.models.weights import load_weights
 from timm_structdrop.recipes import load_recipe, recipe_names, train_parser
 from timm_structdrop.recipes.build import build_model
 from timm_structdrop.recipes.build_datasets import input_settings, normalised_images
 from timm_structdrop.recipes.command_line import training_command
-from timm_structdrop.training import read_summary
 
-__all__ = ["Trained", "read_run", "training_facts"]
+__all__ = ["Trained", "read_folder", "read_run", "training_facts"]
 
 DATASET_NAMES = {"digits": "scikit-learn's handwritten digits"}
 
@@ -63,36 +60,54 @@ class Trained:
     images: Tensor | None
 
 
-def read_run(folder: Path) -> Trained:
-    """The best checkpoint of a run of train.py: the weights that its figures are of, which are the
-    averaged ones if it kept and evaluated them, or evaluated nothing.
+def read_folder(folder: Path) -> Trained:
+    """The model in an output folder of train.py, or in one that :func:`export_model` wrote.
 
-    Its file is read once, because a run that is under way replaces it.
+    Raises:
+        UserError: it is neither, or not whole.
+    """
+    if not folder.is_dir():
+        raise UserError(f"DIR must be an output folder of train.py or of fit; got {folder}")
+    return read_exported(folder) if (folder / CONFIG).is_file() else read_run(folder)
+
+
+def read_exported(folder: Path) -> Trained:
+    """The model in a folder that :func:`export_model` wrote.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    try:
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} must hold a whole exported model: {one_line(error)}") from error
+    labels = model.pretrained_cfg.get("label_names")
+    return Trained(model, {"label_names": labels} if labels else {}, None, None)
+
+
+def read_run(folder: Path) -> Trained:
+    """The model of a run of train.py, with the weights that :func:`read_snapshot` chooses.
 
     Raises:
         UserError: there is no checkpoint, or its settings do not give the model.
     """
-    path = find_checkpoint(folder)
-    content = read_file(path)
-    checkpoint = checkpoint_of(content, path)
-    if not checkpoint.args:
-        raise UserError(f"a run's folder must hold args.yaml; got {folder}")
-    averaged, accuracy = _measured(folder, content, checkpoint.args)
-    if averaged:
-        checkpoint = checkpoint_of(content, path, use_ema=True)
+    snapshot = read_snapshot(folder)
     defaults = vars(train_parser().parse_flags([]))
-    saved = {**defaults, **{k: v for k, v in checkpoint.args.items() if k in defaults}}
+    saved = {**defaults, **{k: v for k, v in snapshot.checkpoint.args.items() if k in defaults}}
     flags = argparse.Namespace(**{**saved, **NO_START})
     model = build_model(flags)
-    load_weights(model, checkpoint, flags.model)
+    load_weights(model, snapshot.checkpoint, flags.model)
     data = input_settings(flags, model)
+    images, of_data = _look_at_data(flags, data, model)
     facts = {
         **training_facts(saved),
         "base_model": _base_model(saved, model),
-        **accuracy,
+        **snapshot.figures,
+        **of_data,
     }
-    images, of_data = _look_at_data(flags, data, model)
-    facts = {key: value for key, value in {**facts, **of_data}.items() if value is not None}
+    facts = {key: value for key, value in facts.items() if value is not None}
     return Trained(model, facts, data, images)
 
 
@@ -125,28 +140,6 @@ def _base_model(saved: Mapping[str, Any], model: Any) -> str | None:
     if name.startswith("hf-hub:"):
         return name.removeprefix("hf-hub:").split("@")[0]
     return model.pretrained_cfg.get("hf_hub_id") if saved["pretrained"] else None
-
-
-def _measured(
-    folder: Path, content: Mapping[str, Any], flags: Mapping[str, Any]
-) -> tuple[bool, dict[str, float]]:
-    """Whether a checkpoint's averaged weights are to be published, and top-1 and top-5 accuracy, in
-    percent, of the weights that are."""
-    said = content.get("validation")
-    if isinstance(said, Mapping):
-        accuracy = {key: said[key] for key in ("top1", "top5") if key in said}
-        return said.get("weights") == "state_dict_ema", accuracy
-    averaged = bool(flags.get("model_ema"))
-    if averaged and flags.get("model_ema_force_cpu"):
-        return True, {}  # the figures in summary.csv may be of the others
-    return averaged, _accuracy(folder, content.get("epoch"))
-
-
-def _accuracy(folder: Path, epoch: object) -> dict[str, float]:
-    """The figures of an epoch in summary.csv, for a checkpoint without figures, such as timm's."""
-    rows = [row for row in read_summary(folder / "summary.csv") if row["epoch"] == str(epoch)]
-    last = rows[-1] if rows else {}
-    return {key: float(last[f"eval_{key}"]) for key in ("top1", "top5") if last.get(f"eval_{key}")}
 
 
 def _look_at_data(

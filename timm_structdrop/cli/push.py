@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import timm
-
-from timm_structdrop.commands._runs import Trained, read_run
-from timm_structdrop.errors import UserError, one_line
 from timm_structdrop.hub import check_push, push_to_hub
-from timm_structdrop.hub.export import CONFIG
+from timm_structdrop.recipes.trained import read_folder
 
-__all__ = ["add_flags", "run"]
+__all__ = ["add_flags", "push_command", "run"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,23 +48,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def read_folder(folder: Path) -> Trained:
-    """The model in a run's folder or in an exported one.
-
-    Raises:
-        UserError: it is neither, or not whole.
-    """
-    if not folder.is_dir():
-        raise UserError(f"DIR must be an output folder of train.py or of fit; got {folder}")
-    return read_exported(folder) if (folder / CONFIG).is_file() else read_run(folder)
-
-
-def read_exported(folder: Path) -> Trained:
-    try:
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except UserError:
-        raise
-    except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} must hold a whole exported model: {one_line(error)}") from error
-    labels = model.pretrained_cfg.get("label_names")
-    return Trained(model, {"label_names": labels} if labels else {}, None, None)
+def push_command(folder: Path, repo_id: str, license: str, private: bool) -> list[str]:
+    """What Python is to run to push ``folder``."""
+    flags = ["--license", license, *(["--private"] if private else [])]
+    return ["-m", "timm_structdrop", "push", str(folder), repo_id, *flags]

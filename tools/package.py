@@ -1,52 +1,52 @@
 """Package a training's checkpoint: weights in half precision, and a JSON file of the facts.
 
-For those who release the package. The accuracy recorded is that of the file as it is written, on
-all images of the evaluated split. `python -m timm_structdrop card` makes the card from it.
+The accuracy recorded is that of the file as it is written, on all images of the evaluated split.
+`python -m tools.card` makes the card from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import create_loader, resolve_model_data_config
 from torch import Tensor, nn
 
-from timm_structdrop.analysis import cluster_places, hopkins_report, output_folder, save_json
-from timm_structdrop.commands._images import Subject, add_subject_flags, load_subject
-from timm_structdrop.commands._runs import training_facts
+from timm_structdrop.analysis import cluster_places, hopkins_report
+from timm_structdrop.cli._images import Subject, add_subject_flags, load_subject
 from timm_structdrop.data import class_names, create_dataset
-from timm_structdrop.errors import UserError, nearest
+from timm_structdrop.errors import UserError, nearest, one_line, run_command
 from timm_structdrop.evaluation import evaluate
+from timm_structdrop.files import output_folder, save_json
+from timm_structdrop.hub.export import file_sha256
 from timm_structdrop.hub.licenses import check_license
 from timm_structdrop.models.packaged import FOLDER, packaged_cfg
 from timm_structdrop.models.structdrop_variants import variants
 from timm_structdrop.models.weights import read_checkpoint
 from timm_structdrop.recipes import FlagParser
+from timm_structdrop.recipes.trained import training_facts
 from timm_structdrop.version import __version__
 from timm_structdrop.words import counted
-
-__all__ = ["add_flags", "run"]
 
 LIBRARIES = ("torch", "timm", "numpy", "scikit-learn")
 HOPKINS_IMAGES = 64
 BN_KEYS = ("bn_momentum", "bn_eps")  # flags that are settings of the model
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``python -m timm_structdrop package``."""
+def flag_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m tools.package", description=__doc__)
     add = parser.add_argument
     add("training", metavar="RUN", help="output folder of a training, or a checkpoint")
     add("--use-ema", action="store_true", help="its averaged weights")
@@ -54,10 +54,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--license", default="apache-2.0", metavar="ID", help="of the weights, as the Hub names it")
     add("--hardware", metavar="TEXT", help="what it was trained on; this machine if not given")
     add("--output", metavar="DIR", help="folder of the two files; the package's if not given")
+    return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Put a trained model and the facts about it into the package."""
+    args = flag_parser().parse_flags(argv)
     check_license(args.license)
     checkpoint = read_checkpoint(args.training, args.use_ema)
     name, trained = checkpoint.arch or "", checkpoint.args
@@ -69,6 +71,11 @@ def run(args: argparse.Namespace) -> None:
     if not trained:
         raise UserError(
             f"a packaged checkpoint needs the args.yaml of its run; {args.training} has none"
+        )
+    if not trained.get("dataset"):
+        raise UserError(
+            "a packaged checkpoint must be of a data set that everybody has by its name, such as "
+            f"digits; {args.training} was trained on a folder"
         )
     folder = output_folder(args.output or FOLDER)
     subject = load_subject(_subject_flags(name, args))
@@ -83,8 +90,7 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="package-", dir=folder) as temporary:
         weights = Path(temporary) / f"{name}.safetensors"
         write_weights(subject.model.state_dict(), weights)
-        content = weights.read_bytes()
-        facts |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        facts |= {"sha256": file_sha256(weights), "size": weights.stat().st_size}
         facts |= file_figures(name, facts, weights)
         save_json(facts, Path(temporary) / f"{name}.json")
         # safetensors makes files that only their owner can read
@@ -150,7 +156,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Floating point in half precision, everything else as it is.
 
     Raises:
-        UserError: a weight is beyond the range of half precision.
+        UserError: a weight is beyond the range of half precision, or the file cannot be written.
     """
     halved = {}
     for key, value in state.items():
@@ -158,7 +164,10 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         halved[key] = value.half() if value.is_floating_point() else value.clone()
         if value.is_floating_point() and not bool(halved[key].isfinite().all()):
             raise UserError(f"weights must be within half precision, up to 65504; {key} is not")
-    save_file(halved, path, metadata={"format": "pt"})
+    try:
+        save_file(halved, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def file_figures(name: str, facts: Mapping[str, Any], weights: Path) -> dict[str, Any]:
@@ -198,3 +207,7 @@ def _loading(config: Mapping[str, Any]) -> dict[str, Any]:
         key: config[key]
         for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     }
+
+
+if __name__ == "__main__":
+    run_command(main)

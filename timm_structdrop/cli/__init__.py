@@ -1,0 +1,1 @@
+"""The commands, one file each: ``add_flags`` and ``run``; ``main`` where they read their flags."""

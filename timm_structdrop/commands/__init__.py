@@ -1,1 +1,0 @@
-"""The subcommands of ``python -m timm_structdrop``, one file each: ``add_flags`` and ``run``."""
