@@ -84,18 +84,18 @@ def test_the_maths_rooms_know_only_torch(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_package_needs_nothing_of_the_repository_beside_it(path):
+    beside = {file.stem for file in PACKAGE.parent.iterdir()} - {PACKAGE.name}
+    assert not {name.split(".")[0] for name in imported_modules(path)} & beside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_regularizers_class_is_known_in_its_own_room_only(path):
     """Others ask the registry, and the class what it needs; one file is about DropBlock itself."""
     classes = {entry.layer.__name__ for entry in regularizers.values()}
     if room(path) != "layers" and path.name != "inference_drop.py":
         ours = (name for name in imported_modules(path) if name.startswith("timm_structdrop."))
         assert not classes & {name.rpartition(".")[2] for name in ours}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_package_needs_nothing_of_the_repository_beside_it(path):
-    beside = {file.stem for file in PACKAGE.parent.iterdir()} - {PACKAGE.name}
-    assert not {name.split(".")[0] for name in imported_modules(path)} & beside
 
 
 def test_every_file_is_in_a_room():

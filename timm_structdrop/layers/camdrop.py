@@ -442,8 +442,10 @@ class CamDrop2d(StructDropLayer):
     ``seed_rate="candidates"`` networks were seen to fail. ``guide="predicted"``, which is not in
     the paper, cannot leak: the blocks are a function of the image. It costs a forward of the batch
     in eval mode without gradients, which :class:`~timm_structdrop.training.StructDropTask` makes
-    before each step. Classes drawn at random guided as well in our measurements
-    (``benchmarks/results/defaults.md``).
+    before each step. The running statistics of batch norm that this forward reads count a forward
+    twice that gradient checkpointing repeats, so that it may predict, and drop, otherwise there. A
+    prediction that is nearly always right is nearly the label: classes drawn at random guided as
+    well in our measurements, and left less to read (``benchmarks/results/defaults.md``).
 
     Args:
         drop_prob: 1 - gamma of the paper, in [0, 1).
