@@ -12,7 +12,7 @@ from script import ROOT
 
 import timm_structdrop  # noqa: F401  registers the models
 from timm_structdrop.layers import regularizers
-from timm_structdrop.models._architectures import architectures
+from timm_structdrop.models.architectures import architectures
 from timm_structdrop.recipes.packaged import table_names
 
 PAGES = ("README.md", "CHANGELOG.md", "docs/results.md", "docs/training.md")
