@@ -383,3 +383,9 @@ def test_what_a_beginner_forgets_is_said(tmp_path, caplog):
     assert "The run has its 1 epoch already" in caplog.text
     train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--lr", "0.02"])
     assert "learning rate 0.02" in caplog.text
+
+
+def test_a_rate_is_refused_for_a_model_without_a_regularizer(run):
+    with pytest.raises(UserError, match=r"--drop-block must be 0 .* for resnet8 \(resnet8_"):
+        run("--model", "resnet8", "--drop-block", "0.1")
+    run("--model", "resnet8", "--drop-block", "0", "--epochs", "1")

@@ -67,7 +67,8 @@ def build_model(flags: argparse.Namespace) -> Any:
                 num_classes=flags.num_classes,
                 drop_rate=flags.drop,
                 drop_path_rate=flags.drop_path,
-                drop_block_rate=flags.drop_block,
+                # 0 is what a model without a regularizer drops
+                drop_block_rate=flags.drop_block if arch in variants else flags.drop_block or None,
                 global_pool=flags.gp,
                 bn_momentum=flags.bn_momentum,
                 bn_eps=flags.bn_eps,
@@ -112,6 +113,13 @@ def packaged_hint(arch: str) -> str:
 def _refusal(flags: argparse.Namespace, arch: str, error: Exception) -> str:
     """Why a model cannot be built; for an unknown keyword with the nearest that are known."""
     maker, keyword = unexpected_keyword(error) or ("", "")
+    if keyword == "drop_block_rate" and keyword not in flags.model_kwargs:
+        own = [name for name, variant in variants.items() if variant.architecture.name == arch]
+        example = own[0] if own else "resnet50_dropblock"
+        return (
+            f"--drop-block must be 0 for a model that takes no drop rate; got {flags.drop_block} "
+            f"for {flags.model} ({example} and others have a regularizer)"
+        )
     if keyword not in flags.model_kwargs:
         return f"model {flags.model} does not take these flags: {error}"
     made = getattr(timm.models, maker, None)
