@@ -5,7 +5,7 @@ import json
 import numpy as np
 from script import ROOT
 
-from benchmarks import defaults
+from benchmarks import activation_maps, defaults
 from timm_structdrop.layers import regularizers
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,3 +58,9 @@ def test_what_the_pages_quote():
         found = [mean(f"camdrop, {name}, gamma {g}") for g in (0.9, 0.7, 0.5)]
         assert f"{found[0]}, {found[1]} and {found[2]} %{rest}" in readme
     assert f"without CamDrop has {mean('no regularizer')} %" in readme
+
+
+def test_the_committed_table_of_activation_maps():
+    results = json.loads((RESULTS / "activation-maps.json").read_text())
+    assert activation_maps.report(results) == (RESULTS / "activation-maps.md").read_text()
+    assert {run["row"] for run in results["runs"]} == {cell.row for cell in activation_maps.CELLS}
