@@ -190,6 +190,10 @@ def test_the_count_is_read_from_the_device_once():
     layer = DropCluster2d(4, (8, 8), n_clusters=5, fit_start_step=9)
     layer(smooth_maps())
     with FakeTensorMode():
+        try:
+            torch.empty(1, device="cuda:0")
+        except RuntimeError as error:
+            pytest.skip(f"this torch has no fake GPU without a real one: {str(error)[:40]}")
         for name, buffer in list(layer.named_buffers()):
             layer.register_buffer(
                 name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda:0")
