@@ -12,7 +12,6 @@ from script import ROOT  # noqa: F401  where benchmarks is imported from
 
 from benchmarks.defaults import LETTER, Cell, RandomClasses, accuracy, digits, train
 
-
 # of torch 2.6's SequentialLR, which steps its parts with an epoch
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 
